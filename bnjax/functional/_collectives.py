@@ -1,0 +1,102 @@
+"""Statistics shared between devices: which ones share, one all-reduce, and what `check_vma` wants to know.
+
+Inside `shard_map`, `pmap` or `vmap` an axis name stands for a set of devices (or of mapped slices). A `Group` says
+whose rows are pooled; `pool` adds a stack of per-channel sums over it in ONE all-reduce.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+AxisName = str | Sequence[str] | None
+
+
+class Group(NamedTuple):
+    """The devices that share statistics: mesh axis names, optionally cut into groups of their indices."""
+
+    names: tuple[str, ...] = ()  # empty: this device alone (or, under plain jit, the whole array)
+    index_groups: tuple[tuple[int, ...], ...] | None = None
+
+
+def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | None, shape: tuple[int, ...]) -> Group:
+    """The group that the arguments name; raises ValueError for names that are not bound here.
+
+    `shape` is that of the batch about to be normalised, for the message.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) or not isinstance(axis_name, Sequence) else tuple(axis_name)
+    names = tuple(name for name in names if name is not None)
+    for name in names:
+        _check_bound(name, shape)
+    if axis_index_groups is None:
+        return Group(names)
+    if not names:
+        raise ValueError("axis_index_groups divides a named axis into groups: give its axis_name too.")
+    groups = tuple(tuple(int(i) for i in g) for g in axis_index_groups)
+    size = math.prod(lax.axis_size(name) for name in names)
+    if sorted(i for g in groups for i in g) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups must hold each index 0 to {size - 1} of {axis_name!r} exactly once; got {groups}."
+        )
+    if len({len(g) for g in groups}) != 1:
+        raise ValueError(
+            f"axis_index_groups must all have one size (TPU and GPU reduce over nothing else); got sizes "
+            f"{[len(g) for g in groups]}. Weigh devices with `mask` instead."
+        )
+    return Group(names, groups)
+
+
+def _check_bound(name: str, shape: tuple[int, ...]) -> None:
+    try:
+        lax.axis_size(name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={name!r} is not an axis that is mapped here, where a batch of shape {shape} was about to be "
+            "normalised. Inside shard_map, pmap or vmap(axis_name=...) pass the name that was given there; under "
+            "plain jit pass axis_name=None: with a sharded array the statistics are those of the whole batch already."
+        ) from error
+
+
+def group_size(group: Group) -> int:
+    """How many devices share statistics."""
+    if group.index_groups is not None:
+        return len(group.index_groups[0])
+    return math.prod(lax.axis_size(name) for name in group.names)
+
+
+def pool(sums: jax.Array, group: Group) -> jax.Array:
+    """Adds `sums` over the group in one all-reduce."""
+    if not group.names:
+        return sums
+    try:
+        return lax.psum(sums, group.names, axis_index_groups=group.index_groups)
+    except NotImplementedError as error:  # JAX says no more than this under check_vma=True
+        raise ValueError(
+            "axis_index_groups does not work in shard_map(check_vma=True): JAX cannot type its result. Use a mesh of "
+            "two axes, such as Mesh(devices.reshape(groups, size), ('group', 'member')), shard the batch over both and "
+            "pass axis_name='member'; or use check_vma=False."
+        ) from error
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which x may differ from device to device; empty unless in shard_map(check_vma=True)."""
+    return frozenset(jax.typeof(x).mat.varying)
+
+
+def vary_like(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """`vector`, typed as varying over every mesh axis that x varies over."""
+    missing = tuple(sorted(varying(x) - varying(vector)))
+    return lax.pcast(vector, missing, to="varying") if missing else vector
+
+
+def vary_together(vectors: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+    """The same for several vectors of one shape and type, in one cast.
+
+    JAX would cast each where it first meets x; but the transpose of a cast is an all-reduce, and this makes it one.
+    """
+    if all(varying(x) <= varying(v) for v in vectors):
+        return vectors
+    return tuple(vary_like(jnp.stack(vectors), x))

@@ -1,0 +1,116 @@
+"""`BatchNorm` for flax.linen: creates the variables, calls the functional core, stores the result."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.module import merge_param
+
+from bnjax.functional import RunningStats, batch_norm, normalize, update_running
+from bnjax.functional._axes import layout_of
+
+
+class BatchNorm(nn.Module):
+    r"""Batch normalization; a drop-in for `flax.linen.BatchNorm`.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
+
+    In training mean and var are those of the batch (:func:`bnjax.batch_norm`) and the running averages in the
+    collection `batch_stats` take a step (:func:`bnjax.update_running`); with `use_running_average` they are the running
+    averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are Flax's: `params/{scale, bias}`,
+    `batch_stats/{mean, var}`, each of the feature shape; checkpoints of either load in the other.
+
+    Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
+    call updates the running ones, and an Optax mask whether scale and bias train.
+
+    Attributes:
+      use_running_average: normalise with the running averages; here or at the call.
+      axis: the feature axis or axes.
+      momentum: the weight of the OLD running value, in [0, 1].
+      epsilon: added to the variance; positive.
+      dtype: of the output; by default the promotion of x, scale and bias.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
+        plain `jit`, where a sharded batch is normalised by its global statistics anyway.
+      axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
+      use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
+      force_float32_reductions: statistics are always computed in float32 at least; False only gives the running
+        averages `param_dtype`, so that such a checkpoint of Flax loads.
+
+    Raises:
+      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> norm = bnjax.linen.BatchNorm(momentum=0.9)
+      >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> print(updates["batch_stats"]["mean"])
+      [0.2 2. ]
+      >>> y = norm.apply({**variables, **updates}, x, use_running_average=True)
+
+    References:
+      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_stats: bool = True,
+    ) -> jax.Array:
+        """Normalises x.
+
+        During `init` the running averages stay as they start and no axis needs to be bound.
+
+        Args:
+          x: `[..., C]`.
+          use_running_average: normalise with the running averages rather than with those of the batch.
+          mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
+          update_stats: whether a call in training mode updates the running averages. False needs no mutable collection.
+
+        Returns:
+          y, of the shape of x.
+        """
+        use_running_average = merge_param("use_running_average", self.use_running_average, use_running_average)
+        shape = layout_of(jnp.asarray(x), self.axis).shape
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        options = dict(axis=self.axis, epsilon=self.epsilon, dtype=self.dtype)
+        running = RunningStats(mean.value, var.value)
+        if use_running_average:
+            return normalize(x, *running, scale, bias, **options)
+        if not self.is_initializing():
+            options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
+        y, moments = batch_norm(x, scale, bias, mask=mask, **options)
+        if update_stats and not self.is_initializing():
+            mean.value, var.value = update_running(running, moments, momentum=self.momentum)
+        return y
