@@ -86,32 +86,13 @@ def tangent_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array, t_x: jax
     return _sum(t_x, K), _sum(centred * t_x, K)
 
 
-@jax.custom_jvp
 def affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
-    """y = (x − K)·a + c, with K a constant.
-
-    t_y = t_x·a + (x − K)·t_a + t_c: two products per position, everything else gathered in t_c per channel. Transposed
-    it is one sum over dy and one over dy·(x − K); spread over the positions, the same derivative costs half as many
-    passes over memory again.
-    """
+    """y = (x − K)·a + c."""
     return (x.astype(K.dtype) - K) * a + c
 
 
-@affine.defjvp
-def _affine_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    x, K, a, _ = primals
-    t_x, _, t_a, t_c = tangents
-    return affine(*primals), t_x.astype(K.dtype) * a + _centred_product(x, K, t_a) + t_c
-
-
-def _centred_product(x: jax.Array, K: jax.Array, t: jax.Array) -> jax.Array:
-    """(x − K)·t. What counts is its transpose in t, a sum over rows: hence the two formulations."""
+def centred_product(x: jax.Array, K: jax.Array, t: jax.Array) -> jax.Array:
+    """(x − K)·t, the part of the derivative of `affine` whose transpose, in t, is a sum over rows."""
     pivoted = recompute(lambda x, K, t: (x.astype(K.dtype) - K) * t)
     plain = recompute(lambda x, K, t: x.astype(K.dtype) * t)
     return _if_pivoted(pivoted, plain, x, K, t)
-
-
-@recompute
-def shifted_affine(x: jax.Array, mean: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
-    """y = (x − mean)·a + c, with a derivative in mean too."""
-    return (x.astype(mean.dtype) - mean) * a + c

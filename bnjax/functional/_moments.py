@@ -245,13 +245,19 @@ def _centred(K: jax.Array, unit: jax.Array, W: jax.Array, S1: jax.Array, S2: jax
 def _centred_moments_jvp(
     reduction: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Centred, Centred]:
-    """t_e = Σw·t_x / W and t_var = 2(Σw(x − K)·t_x / W − e·t_e); K is constant."""
     x, weights, K = primals
     s = centred_moments(reduction, x, weights, K)
-    kernel = partial(_kernels.tangent_sums, t_x=tangents[0])
+    return s, moments_tangent(reduction, x, weights, s, tangents[0])
+
+
+def moments_tangent(
+    reduction: Reduction, x: jax.Array, weights: jax.Array | None, s: Centred, t_x: jax.Array
+) -> Centred:
+    """t_e = Σw·t_x / W and t_var = 2(Σw(x − K)·t_x / W − e·t_e), linear in t_x; K is constant."""
+    kernel = partial(_kernels.tangent_sums, t_x=t_x)
     W, T1, T2 = _pooled_sums(reduction, x, weights, kernel, s.pivot, W=s.count)
     n = jnp.where(W > 0, W, 1)
     t_rest = T1 / n
     t_var = 2 * s.unit * (s.unit * (T2 / n - s.rest * t_rest))
     zero = jnp.zeros_like(s.pivot)
-    return s, Centred(zero, t_rest, t_var, zero, jnp.zeros_like(s.count))
+    return Centred(zero, t_rest, t_var, zero, jnp.zeros_like(s.count))

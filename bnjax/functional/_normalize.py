@@ -75,4 +75,4 @@ def _normalize(
     a = lax.rsqrt(var + epsilon)
     a = a if scale is None else a * scale
     c = jnp.zeros_like(a) if bias is None else bias.astype(a.dtype)
-    return _kernels.shifted_affine(x, *map(layout.expand, (mean, a, c))).astype(dtype)
+    return _kernels.recompute(_kernels.affine)(x, *map(layout.expand, (mean, a, c))).astype(dtype)

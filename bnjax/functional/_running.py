@@ -1,5 +1,6 @@
 """Running averages of the batch moments."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,11 +15,20 @@ from bnjax.functional._moments import Moments
 _NEAR_ZERO = 4.0
 
 
+# The weight of the OLD running value: a number, a function from the step to it, or None for the plain average.
+Momentum = jax.Array | float | Callable[[jax.Array], jax.Array | float] | None
+
+
 class RunningStats(NamedTuple):
-    """Running mean and (biased) running variance, per channel; float32 at least."""
+    """Running mean and running variance, per channel; float32 at least.
+
+    `steps`, the batches that each channel has taken, is there for the averages that need it. It is a float like its
+    neighbours, so that whatever differentiates, averages or stores the tree need not know it.
+    """
 
     mean: jax.Array  # [C]
     var: jax.Array  # [C]
+    steps: jax.Array | None = None  # [C], or None
 
     @property
     def pivot(self) -> jax.Array:
@@ -26,26 +36,45 @@ class RunningStats(NamedTuple):
         return jnp.where(self.mean**2 > _NEAR_ZERO * self.var, self.mean, 0)
 
 
-def update_running(running: RunningStats, moments: Moments, *, momentum: jax.Array | float = 0.99) -> RunningStats:
-    r"""One step of the exponential moving averages.
+def needs_steps(momentum: Momentum, debias: bool) -> bool:
+    """Whether these averages need `RunningStats.steps`."""
+    return momentum is None or callable(momentum) or debias
+
+
+def update_running(
+    running: RunningStats,
+    moments: Moments,
+    *,
+    momentum: Momentum = 0.99,
+    debias: bool = False,
+    unbiased_var: bool = False,
+) -> RunningStats:
+    r"""One step of the running averages.
 
     .. math::
         \mathrm{mean} \leftarrow m \cdot \mathrm{mean} + (1 - m)\, \mathrm{mean}_\text{batch}, \qquad
         \mathrm{var} \leftarrow m \cdot \mathrm{var} + (1 - m)\, \mathrm{var}_\text{batch}
 
-    A channel whose moments are not finite, or that no row counted in, keeps its values: one bad batch leaves no trace.
-    No gradient flows into the result.
+    With momentum None, :math:`m = t/(t + 1)` for the t batches so far: their plain average. With `debias`,
+    :math:`m(1 - m^t)/(1 - m^{t+1})` stands for m: the average of the batches alone, in which the values that mean and
+    var started with (0 and 1) have no weight. Both take the first batch as it is.
+
+    A channel whose moments are not finite, or that no row counted in, keeps its values and its step: one bad batch
+    leaves no trace. No gradient flows into the result.
 
     Args:
-      running: `RunningStats(mean, var)`, each `[C]`.
+      running: `RunningStats(mean, var)`, each `[C]`; with `steps`, `[C]`, wherever m depends on t.
       moments: `Moments` of the batch, each `[C]`.
-      momentum: the weight of the OLD value, in [0, 1] (PyTorch's momentum is the weight of the new one); may be traced.
+      momentum: the weight m of the OLD value, in [0, 1] (PyTorch's momentum is the weight of the new one), may be
+        traced; or a function from a channel's step t = 0, 1, ... to it (an Optax schedule); or None.
+      debias: leave the starting values out of the average. Not with a function, which can do so itself.
+      unbiased_var: average var·n/(n − 1) for a batch of n rows on all devices, as PyTorch does; with n ≤ 1, var.
 
     Returns:
-      `RunningStats`, in the dtypes of `running`.
+      `RunningStats`, in the dtypes of `running`; `steps` one higher where the channel took the batch.
 
     Raises:
-      ValueError: the feature shapes differ, or momentum lies outside [0, 1].
+      ValueError: the feature shapes differ, momentum lies outside [0, 1], or `steps` is missing.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -54,19 +83,56 @@ def update_running(running: RunningStats, moments: Moments, *, momentum: jax.Arr
       >>> running = bnjax.update_running(running, moments, momentum=0.9)
       >>> print(running.mean, running.var)
       [0.1 0. ] [1.2 1. ]
+      >>> average = bnjax.RunningStats(mean=jnp.zeros(2), var=jnp.ones(2), steps=jnp.zeros(2))
+      >>> average = bnjax.update_running(average, moments, momentum=None)
+      >>> print(average.mean, average.var, average.steps)
+      [1. 0.] [3. 1.] [1. 0.]
 
     References:
-      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1. Flax and Keras keep the biased variance, as
-      here; PyTorch's running variance is divided by n − 1.
+      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1. Kingma & Ba 2015,
+      https://arxiv.org/abs/1412.6980, section 3, on the bias of an average that started at a constant.
+
+    Differences: Flax and Keras keep the biased variance, as here by default; PyTorch the unbiased one. Equinox divides
+    by 1 − mᵗ a variance that started at 1, not 0.
     """
-    _axes.check_momentum(momentum)
-    shapes = [jnp.shape(a) for a in (*running, *moments)]
+    share = _share_of_new(momentum, debias, running.steps)
+    shapes = [jnp.shape(a) for a in (*running, *moments) if a is not None]
     if len(set(shapes)) != 1:
         raise ValueError(f"running statistics and moments must have one feature shape; got {shapes}.")
-    moments = Moments(*map(lax.stop_gradient, moments))
-    counts = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    mean, var, n = map(lax.stop_gradient, moments)
+    if unbiased_var:
+        var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
+    good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(counts, momentum * old + (1 - momentum) * new, old).astype(jnp.result_type(old))
+        return jnp.where(good, (1 - share) * old + share * new, old).astype(jnp.result_type(old))
 
-    return RunningStats(step(running.mean, moments.mean), step(running.var, moments.var))
+    steps = None if running.steps is None else running.steps + good.astype(running.steps.dtype)
+    return RunningStats(step(running.mean, mean), step(running.var, var), steps)
+
+
+def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> jax.Array | float:
+    """The weight 1 − m of the new values: a number, or one for each channel."""
+    if needs_steps(momentum, debias) and steps is None:
+        raise ValueError(
+            f"momentum={momentum!r} with debias={debias} depends on the step, and running.steps is None: "
+            "start with RunningStats(mean, var, steps=jnp.zeros_like(mean))."
+        )
+    if callable(momentum):
+        if debias:
+            raise ValueError("debias needs a constant momentum; a function of the step can start at momentum 0 itself.")
+        # One channel at a time: a schedule is written for a scalar step.
+        return 1 - jnp.reshape(jax.vmap(momentum)(jnp.ravel(steps)), jnp.shape(steps))
+    if momentum is not None:
+        _axes.check_momentum(momentum)
+        if not debias:
+            return 1 - momentum
+    return _share_of_averaged(1.0 if momentum is None else momentum, steps)
+
+
+def _share_of_averaged(momentum: jax.Array | float, t: jax.Array) -> jax.Array:
+    """(1 − m)/(1 − mᵗ⁺¹) as 1/(1 + m·(1 + m + ... + mᵗ⁻¹)): exactly 1 at t = 0, and 1/(t + 1) at m = 1."""
+    geometric = (momentum > 0) & (momentum < 1)  # the sum in brackets is t at m = 1, and does not matter at m = 0
+    log = jnp.log1p(-jnp.where(geometric, 1 - momentum, 0.5))  # log m, without rounding m first
+    batches = jnp.where(geometric, jnp.expm1(t * log) / jnp.expm1(log), t)
+    return 1 / (1 + momentum * batches)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax.linen.module import merge_param
 
 from bnjax.functional import RunningStats, batch_norm, normalize, update_running
+from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
 from bnjax.functional._axes import layout_of
+from bnjax.functional._running import Momentum, needs_steps
 
 
 class BatchNorm(nn.Module):
@@ -28,7 +30,9 @@ class BatchNorm(nn.Module):
     Attributes:
       use_running_average: normalise with the running averages; here or at the call.
       axis: the feature axis or axes.
-      momentum: the weight of the OLD running value, in [0, 1].
+      momentum: the weight of the OLD running value, in [0, 1]; or a function from the step 0, 1, ... to it (an Optax
+        schedule); or None for the plain average over all batches. The last two, and `debias`, count batches in one more
+        variable, `batch_stats/steps`; a checkpoint without it loads, and counts from 0.
       epsilon: added to the variance; positive.
       dtype: of the output; by default the promotion of x, scale and bias.
       param_dtype: of scale and bias.
@@ -42,9 +46,14 @@ class BatchNorm(nn.Module):
       use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
       force_float32_reductions: statistics are always computed in float32 at least; False only gives the running
         averages `param_dtype`, so that such a checkpoint of Flax loads.
+      scale_offset: added to the scale, own or given: with 1.0 the layer multiplies by 1 + scale, and weight decay pulls
+        towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
+      debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
+      unbiased_var: average var·n/(n − 1), as PyTorch does.
 
     Raises:
-      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`.
+      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` at the call of a
+        layer that has its own.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bnjax
@@ -62,7 +71,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float = 0.99
+    momentum: Momentum = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -74,6 +83,9 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    scale_offset: float = 0.0
+    debias: bool = False
+    unbiased_var: bool = False
 
     @nn.compact
     def __call__(
@@ -83,6 +95,8 @@ class BatchNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
         update_stats: bool = True,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x.
 
@@ -93,6 +107,9 @@ class BatchNorm(nn.Module):
           use_running_average: normalise with the running averages rather than with those of the batch.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
           update_stats: whether a call in training mode updates the running averages. False needs no mutable collection.
+          scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
+            such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
+          bias: the same.
 
         Returns:
           y, of the shape of x.
@@ -102,15 +119,30 @@ class BatchNorm(nn.Module):
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        options = dict(axis=self.axis, epsilon=self.epsilon, dtype=self.dtype)
-        running = RunningStats(mean.value, var.value)
+        update_stats = update_stats and not use_running_average and not self.is_initializing()
+        steps = None
+        if needs_steps(self.momentum, self.debias) and (update_stats or self.is_initializing()):
+            steps = self.variable("batch_stats", "steps", jnp.zeros, shape)
+        affine = self._affine(x, shape, scale, bias)
+        options = dict(axis=self.axis, epsilon=self.epsilon, **affine.core)
         if use_running_average:
-            return normalize(x, *running, scale, bias, **options)
+            return affine.finish(normalize(x, mean.value, var.value, **options))
+        running = RunningStats(mean.value, var.value, None if steps is None else steps.value)
         if not self.is_initializing():
             options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
-        y, moments = batch_norm(x, scale, bias, mask=mask, **options)
-        if update_stats and not self.is_initializing():
-            mean.value, var.value = update_running(running, moments, momentum=self.momentum)
-        return y
+        y, moments = batch_norm(x, mask=mask, **options)
+        if update_stats:
+            averages = dict(momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var)
+            new = update_running(running, moments, **averages)
+            mean.value, var.value = new.mean, new.var
+            if steps is not None:
+                steps.value = new.steps
+        return affine.finish(y)
+
+    def _affine(self, x: jax.Array, shape: tuple[int, ...], scale: jax.Array | None, bias: jax.Array | None) -> Affine:
+        """The parameters, or what the call gave in their place."""
+        scale_init = offset_init(self.scale_init, self.scale_offset)
+        own_scale = self.param("scale", scale_init, shape, self.param_dtype) if self.use_scale else None
+        own_bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        scale, bias = own_or_given("scale", own_scale, scale), own_or_given("bias", own_bias, bias)
+        return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=self.dtype)

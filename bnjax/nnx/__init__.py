@@ -1,0 +1,3 @@
+"""Batch normalization as flax.nnx modules."""
+
+from bnjax.nnx.batch_norm import BatchNorm as BatchNorm

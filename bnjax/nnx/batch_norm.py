@@ -1,0 +1,246 @@
+"""`BatchNorm` for flax.nnx: holds the variables, calls the functional core, stores the result."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.errors import TraceContextError
+from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
+
+from bnjax.functional import RunningStats, batch_norm, normalize, update_running
+from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
+from bnjax.functional._axes import Layout, layout_of
+from bnjax.functional._running import Momentum, needs_steps
+
+
+class BatchNorm(nnx.Module):
+    r"""Batch normalization; a drop-in for `flax.nnx.BatchNorm`.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
+
+    After `.train()` mean and var are those of the batch (:func:`bnjax.batch_norm`) and the running averages take a step
+    (:func:`bnjax.update_running`); after `.eval()` they are the running averages (:func:`bnjax.normalize`). Variables,
+    names, shapes and defaults are Flax's: `nnx.Param` scale and bias, `nnx.BatchStat` mean and var; states of either
+    load in the other.
+
+    Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether a call
+    updates the running ones, and the filter of the optimizer whether scale and bias train.
+
+    Args:
+      num_features: size of the feature axis. With several feature axes their sizes in a tuple, in the order of the
+        axes of x; or, as in Flax, the product of them: then the variables are flat.
+      use_running_average: normalise with the running averages; here, by `.train()` and `.eval()`, or at the call.
+      axis: the feature axis or axes.
+      momentum: the weight of the OLD running value, in [0, 1]; or a function from the step 0, 1, ... to it (an Optax
+        schedule); or None for the plain average over all batches. The last two, and `debias`, count batches in one more
+        `nnx.BatchStat`, steps; a state without it loads by `nnx.update`, and the count goes on from where it was.
+      epsilon: added to the variance; positive.
+      dtype: of the output; by default the promotion of x, the statistics, scale and bias.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
+        plain `jit`, where a sharded batch is normalised by its global statistics anyway.
+      axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
+      use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
+      promote_dtype: asked for the dtype of the output only; the statistics are never cast down.
+      rngs: the key of scale and bias is taken from its stream `params`.
+      bias_metadata: metadata of the variable bias.
+      scale_metadata: metadata of the variable scale.
+      update_stats: whether calls that normalise by the batch update the running averages; here, by `set_attributes`,
+        `nnx.view`, or at the call.
+      scale_offset: added to the scale, own or given: with 1.0 the layer multiplies by 1 + scale, and weight decay pulls
+        towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
+      debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
+      unbiased_var: average var·n/(n − 1), as PyTorch does.
+
+    Raises:
+      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or a `num_features` that is not that of
+        x; or `scale` or `bias` at the call of a layer that has its own.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> from flax import nnx
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> norm = bnjax.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> y = norm(x)
+      >>> print(norm.mean[...])
+      [0.2 2. ]
+      >>> y = norm(x, update_stats=False)
+      >>> norm.eval()
+      >>> y = norm(x)
+      >>> print(norm.mean[...])
+      [0.2 2. ]
+
+    References:
+      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+
+    Differences: Flax casts the running statistics to `dtype` before it normalises, pools per-device masked means
+    unweighted, keeps NaN for ever, and raises TraceContextError for a module merged from outer variables in `jax.grad`.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        momentum: Momentum = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: nnx.initializers.Initializer = nnx.initializers.zeros_init(),
+        scale_init: nnx.initializers.Initializer = nnx.initializers.ones_init(),
+        axis_name: str | Sequence[str] | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Any = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        update_stats: bool = True,
+        scale_offset: float = 0.0,
+        debias: bool = False,
+        unbiased_var: bool = False,
+    ):
+        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+        if needs_steps(momentum, debias):
+            self.steps = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
+        self.scale = self.bias = nnx.data(None)
+        if use_scale:
+            scale = offset_init(scale_init, scale_offset)(rngs.params(), shape, param_dtype)
+            self.scale = nnx.Param(scale, **scale_metadata)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.update_stats = update_stats
+        self.scale_offset = scale_offset
+        self.debias = debias
+        self.unbiased_var = unbiased_var
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_stats: bool | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalises x.
+
+        Args:
+          x: `[..., C]`.
+          use_running_average: normalise with the running averages rather than with those of the batch; before what the
+            constructor said.
+          mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
+          update_stats: whether a call that normalises by the batch updates the running averages; before what the
+            constructor said. With False the module is only read: it may be captured by `jax.grad`, `jax.jit` ...
+          scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
+            such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
+          bias: the same.
+
+        Returns:
+          y, of the shape of x.
+        """
+        use_running_average = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
+        x = jnp.asarray(x)
+        layout = layout_of(x, self.axis)
+        running = self._running(layout)
+        affine = self._affine(x, layout, running, scale, bias)
+        options = dict(axis=self.axis, epsilon=self.epsilon, **affine.core)
+        if use_running_average:
+            return affine.finish(normalize(x, running.mean, running.var, **options))
+        options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
+        y, moments = batch_norm(x, mask=mask, **options)
+        if first_from(update_stats, self.update_stats, error_msg=""):
+            averages = dict(momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var)
+            self._store(update_running(running, moments, **averages))
+        return affine.finish(y)
+
+    def set_view(self, use_running_average: bool | None = None, update_stats: bool | None = None) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+          use_running_average: normalise with the running averages rather than with those of the batch.
+          update_stats: whether calls that normalise by the batch update the running averages.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.update_stats = update_stats
+
+    def _running(self, layout: Layout) -> RunningStats:
+        steps = _value(self.steps, layout) if hasattr(self, "steps") else None
+        mean = _value(self.mean, layout)
+        if mean.shape != layout.shape:
+            raise ValueError(
+                f"num_features must be the size of the feature axes {layout.features} of x, {layout.shape}; "
+                f"got num_features={self.num_features}. Check the channel count, or the axis argument."
+            )
+        return RunningStats(mean, _value(self.var, layout), steps)
+
+    def _affine(
+        self, x: jax.Array, layout: Layout, running: RunningStats, scale: jax.Array | None, bias: jax.Array | None
+    ) -> Affine:
+        """The parameters, or what the call gave in their place."""
+        scale = own_or_given("scale", None if self.scale is None else _value(self.scale, layout), scale)
+        bias = own_or_given("bias", None if self.bias is None else _value(self.bias, layout), bias)
+        promote = partial(self.promote_dtype, dtype=self.dtype)
+        promoted = jax.eval_shape(promote, (x, running.mean, running.var, scale, bias))
+        return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=promoted[0].dtype)
+
+    def _store(self, running: RunningStats) -> None:
+        for name, value in running._asdict().items():
+            if value is not None:
+                self._store_one(name, value.reshape(getattr(self, name).shape))
+
+    def _store_one(self, name: str, value: jax.Array) -> None:
+        """Writes into the variable or, where it comes from outside the trace, puts a new one in its place.
+
+        The second case is `nnx.merge(graphdef, params, rest)` inside `jax.grad`: the module is of this trace, the
+        variables in `rest` are not. `nnx.state(module, nnx.BatchStat)` then holds the new ones, and `rest` stays as it
+        was: a value of this trace may not get there.
+        """
+        variable = getattr(self, name)
+        try:
+            variable[...] = value
+        except TraceContextError:
+            setattr(self, name, variable.copy(value))
+
+
+_WHICH_STATISTICS = (
+    "use_running_average must be given to the constructor or at the call, or set by .train() and .eval(): it says "
+    "whether the running averages normalise or the statistics of the batch."
+)
+
+
+def _value(variable: nnx.Variable[jax.Array], layout: Layout) -> jax.Array:
+    """The value, in the feature shape also where the variable is flat (one number for several feature axes)."""
+    value = variable[...]
+    return value.reshape(layout.shape) if value.shape == (math.prod(layout.shape),) else value

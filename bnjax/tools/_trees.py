@@ -1,0 +1,139 @@
+"""Batch normalization layers in a tree of variables, found by their statistics.
+
+One view of all the trees that hold variables: linen collections (`{"params": ..., "batch_stats": ...}`, frozen or not,
+one collection alone, a TrainState), nnx states (whole, split, or turned into pure dicts), nnx modules, and what Orbax
+restores of them. A layer is a node that owns the leaves `mean` and `var`, of one shape; its `scale` and `bias` have the
+same path in the collection `params`, or sit beside them. Leading axes of vmapped and scanned layers need no care.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from flax.core.meta import AxisMetadata
+
+Path = tuple[str, ...]  # names from the root to a layer or a leaf; the collection is left out
+
+COLLECTIONS = ("params", "batch_stats")
+ROLES = ("mean", "var", "scale", "bias")
+
+
+class Tree(NamedTuple):
+    """A flattened tree of variables, and where its batch normalization layers are."""
+
+    names: list[Path]  # of each leaf
+    leaves: list[Any]
+    layers: dict[Path, dict[str, int]]  # layer -> role -> index of the leaf; "mean" and "var" are always there
+    build: Callable[[list[Any]], Any]  # new leaves -> a tree of the structure that was given
+
+    def stats(self, layer: Path) -> tuple[jax.Array, jax.Array]:
+        """The running mean and variance of a layer."""
+        at = self.layers[layer]
+        return self.leaves[at["mean"]], self.leaves[at["var"]]
+
+    def replace(self, values: Mapping[Path, Mapping[str, Any]]) -> Any:
+        """The tree with new leaves for `values[layer][role]`, in the dtypes of the old ones."""
+        leaves = list(self.leaves)
+        for layer, roles in values.items():
+            for role, value in roles.items():
+                at = self.layers[layer][role]
+                leaves[at] = value.astype(leaves[at].dtype)
+        return self.build(leaves)
+
+
+def flatten(tree: Any) -> Tree:
+    """`tree` as a `Tree`, with or without layers. An nnx module is read through its state, and built anew."""
+    if isinstance(tree, nnx.Module):
+        graph, state = nnx.split(tree)
+        flat = flatten(state)
+        return flat._replace(build=lambda leaves: nnx.merge(graph, flat.build(leaves)))
+    keyed, structure = jax.tree_util.tree_flatten_with_path(tree)
+    raw = [_raw_names(keys) for keys, _ in keyed]
+    names, leaves = [_without_collection(r, tree) for r in raw], [leaf for _, leaf in keyed]
+    return Tree(names, leaves, _find_layers(raw, names, leaves), structure.unflatten)
+
+
+def flatten_with_layers(tree: Any) -> Tree:
+    """The same, for functions that need statistics; raises ValueError for a tree that holds none."""
+    flat = flatten(tree)
+    if not flat.layers:
+        top = sorted({name[0] for name in flat.names if name})
+        raise ValueError(
+            "the tree holds no batch normalization statistics: no node of it owns leaves 'mean' and 'var' of one shape; "
+            f"its top-level names are {top}. Pass the linen variables or their 'batch_stats' collection, or an nnx "
+            "state that contains the nnx.BatchStat variables."
+        )
+    return flat
+
+
+def is_box(node: Any) -> bool:
+    """Whether a node is a variable or a metadata box around one array."""
+    return isinstance(node, (nnx.Variable, AxisMetadata))
+
+
+def label_leaves(tree: Any, label: Callable[[Path], Any]) -> Any:
+    """A tree of `label(path)`; boxes are leaves of it, so that it fits a state with variables and one with arrays."""
+    keyed, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+    return structure.unflatten([label(_without_collection(_raw_names(keys), tree)) for keys, _ in keyed])
+
+
+def show(path: Path) -> str:
+    """A path as people write it."""
+    return "/".join(path) or "(the root)"
+
+
+def matches(path: Path, pattern: str) -> bool:
+    """Whether a glob over '/'-joined names fits the path, a module above it, or their last names."""
+    name = "/".join(path)
+    return any(fnmatchcase(name, p) for p in (pattern, f"*/{pattern}", f"{pattern}/*", f"*/{pattern}/*"))
+
+
+def select(paths: Iterable[Path], patterns: Sequence[str] | None) -> list[Path]:
+    """The paths that any of the patterns fits (all, for None); raises ValueError for a pattern that fits none."""
+    paths = list(paths)
+    if patterns is None:
+        return paths
+    if isinstance(patterns, str):
+        raise ValueError(f"layers must be a sequence of patterns; got the string {patterns!r}: write [{patterns!r}].")
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(f"layers: {pattern!r} fits no layer; the layers are {[show(p) for p in paths]}.")
+    return [path for path in paths if any(matches(path, p) for p in patterns)]
+
+
+def _raw_names(keys: Sequence[Any]) -> Path:
+    """Key path as names, without the `value` that boxes and some checkpoints put below a variable's name."""
+    names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+    boxed = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and len(keys) > 1
+    if len(names) > 1 and names[-1] == "value" and (boxed or names[-2] in ROLES):
+        return names[:-1]
+    return names
+
+
+def _without_collection(names: Path, tree: Any) -> Path:
+    """Leaves out the position in a tuple of states, then the name of the collection."""
+    if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
+        names = names[1:]
+    return names[1:] if names[:1] and names[0] in COLLECTIONS else names
+
+
+def _find_layers(raw: list[Path], names: list[Path], leaves: list[Any]) -> dict[Path, dict[str, int]]:
+    nodes: dict[Path, dict[str, int]] = {}
+    for i, name in enumerate(names):
+        if name and name[-1] in ROLES and _may_hold(raw[i], name[-1]):
+            nodes.setdefault(name[:-1], {})[name[-1]] = i
+    return {path: at for path, at in nodes.items() if _is_layer(at, leaves)}
+
+
+def _may_hold(raw: Path, role: str) -> bool:
+    """linen: statistics live in `batch_stats`, scale and bias in `params`."""
+    return raw[0] not in COLLECTIONS or (raw[0] == "batch_stats") == (role in ("mean", "var"))
+
+
+def _is_layer(at: Mapping[str, int], leaves: list[Any]) -> bool:
+    if not {"mean", "var"} <= at.keys():
+        return False
+    mean, var = leaves[at["mean"]], leaves[at["var"]]
+    return hasattr(mean, "shape") and mean.shape == getattr(var, "shape", None)

@@ -1,0 +1,131 @@
+"""One batch over eight devices, in every way that JAX has: y, moments, running statistics and gradients of each.
+
+Also a program of its own: `python modes.py PORT PROCESS OUT` is one of two processes with four devices each.
+"""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+
+DEVICES = 8
+MOMENTUM = 0.9
+
+
+def step(x, scale, bias, dy, mask, running, axis_name=None):
+    """Everything that is asserted, with the gradients of Σ y·dy over the rows that this program sees."""
+
+    def loss(x, scale, bias):
+        y, moments = bnjax.batch_norm(
+            x, scale, bias, mask=mask, pivot=running.mean, axis_name=axis_name, dtype=jnp.float32
+        )
+        return jnp.sum(y * dy), (y, moments)
+
+    (_, (y, moments)), (dx, dscale, dbias) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+    running = bnjax.update_running(running, moments, momentum=MOMENTUM)
+    return dict(y=y, dx=dx, moments=moments, running=running, dscale=dscale, dbias=dbias)
+
+
+def _summed_step(*args):
+    """In a mapped program whose gradients JAX does not add up by itself."""
+    out = step(*args, axis_name="data")
+    return out | {k: jax.lax.psum(out[k], "data") for k in ("dscale", "dbias")}
+
+
+BATCHED, SHARED = P("data"), P()
+OUT_SPECS = dict(y=BATCHED, dx=BATCHED, moments=SHARED, running=SHARED, dscale=SHARED, dbias=SHARED)
+
+
+def _mesh():
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def _in_specs(mask):
+    return BATCHED, SHARED, SHARED, BATCHED, None if mask is None else BATCHED, SHARED
+
+
+def one_device(*args):
+    return jax.jit(step)(*args)
+
+
+def jit(*args):
+    """Plain jit over a sharded batch: the statistics are global by construction."""
+    mesh = _mesh()
+    spec = _in_specs(args[4])
+    return jax.jit(step)(*jax.tree.map(lambda s, a: jax.device_put(a, NamedSharding(mesh, s)), spec, args))
+
+
+def shard_map(*args, check_vma=True):
+    inside = partial(step, axis_name="data") if check_vma else _summed_step
+    return jax.jit(
+        jax.shard_map(
+            inside, mesh=_mesh(), in_specs=_in_specs(args[4]), out_specs=OUT_SPECS, check_vma=check_vma
+        )
+    )(*args)
+
+
+def _mapped(transform, *args):
+    x, scale, bias, dy, mask, running = args
+    split = lambda a: a.reshape(DEVICES, -1, *a.shape[1:])  # noqa: E731
+    batch = jax.tree.map(split, dict(x=x, dy=dy, mask=mask))
+    out = transform(lambda b: _summed_step(b["x"], scale, bias, b["dy"], b["mask"], running), axis_name="data")(batch)
+    whole = {k: out[k].reshape(x.shape) for k in ("y", "dx")}
+    return jax.tree.map(lambda a: a[-1], out) | whole  # what is shared must be right on the last device too
+
+
+MODES = dict(
+    one_device=one_device,
+    jit=jit,
+    shard_map_vma=shard_map,
+    shard_map_no_vma=partial(shard_map, check_vma=False),
+    pmap=partial(_mapped, jax.pmap),
+    vmap=partial(_mapped, jax.vmap),
+)
+
+
+def flat(out):
+    """The result as one dict of arrays."""
+    moments, running = out["moments"], out["running"]
+    named = {f"moments.{k}": v for k, v in moments._asdict().items()} | {
+        f"running.{k}": v for k, v in running._asdict().items() if v is not None
+    }
+    return {k: v for k, v in out.items() if k not in ("moments", "running")} | named
+
+
+def _place(spec, array):
+    """A global array of which this process fills in its own part."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(_mesh(), spec), lambda i: np.asarray(array)[i])
+
+
+def main(port, process, out):
+    """One of two processes: builds global arrays from its own half of the batch, compares nothing, writes everything."""
+    jax.config.update("jax_num_cpu_devices", DEVICES // 2)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)
+    from jax.experimental import multihost_utils
+
+    from cases import by_name  # after the devices are set
+
+    results = {}
+    for name in sys.argv[4:]:
+        x, scale, bias, dy, mask = by_name(name).arrays()
+        args = (x, scale, bias, dy, mask, start(scale.shape))
+        placed = [jax.tree.map(partial(_place, spec), a) for spec, a in zip(_in_specs(mask), args, strict=True)]
+        whole = multihost_utils.process_allgather(flat(shard_map(*placed)), tiled=True)
+        results |= {f"{name}/{k}": np.asarray(v, np.float32) for k, v in whole.items()}  # npz has no bfloat16
+    np.savez(out, **results)
+
+
+def start(shape):
+    """Running statistics that are neither at their initial values nor near the batch."""
+    return bnjax.RunningStats(jnp.full(shape, 0.25), jnp.full(shape, 2.0))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,70 @@
+"""The conformance table: every way to spread a batch × every kind of mask × everything computed, all by the oracle."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import modes
+import oracle
+from cases import SHARDED, assert_close, by_name, expected, tolerance, unit
+
+
+def _check(case, got):
+    arrays = case.arrays()
+    want = expected(case, arrays)
+    old = [np.asarray(v) for v in modes.start(case.feature_shape)[:2]]
+    running = oracle.update_running(old, want.statistics, modes.MOMENTUM)
+    tol, size = tolerance(case), 1 + abs(case.offset)
+    terms = np.abs(arrays[3]).sum() / case.feature_shape[-1] * (1 + np.max(np.abs(want.y)))
+    assert_close(got["moments.mean"], want.statistics.mean, tol, size, "mean")
+    assert_close(got["moments.var"], want.statistics.var, 16 * tol, what="var")
+    assert_close(got["moments.count"], want.statistics.count, tol, what="count")
+    assert_close(got["running.mean"], running[0], tol, size, "running mean")
+    assert_close(got["running.var"], running[1], 16 * tol, what="running var")
+    assert_close(got["y"], want.y, tol, what="y")
+    assert_close(got["dx"], want.dx, 4 * tol + (unit(case.dtype) if case.dtype != "float32" else 0), what="dx")
+    assert_close(got["dscale"], want.dscale, tol, terms, "dscale")
+    assert_close(got["dbias"], want.dbias, tol, terms, "dbias")
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=str)
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_conformance(mode, case):
+    x, scale, bias, dy, mask = case.arrays()
+    _check(case, modes.flat(modes.MODES[mode](x, scale, bias, dy, mask, modes.start(scale.shape))))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_conformance_of_two_processes(tmp_path):
+    """Real processes with four devices each, over gloo on localhost; they end by themselves."""
+    port, names = free_port(), [c.name for c in SHARDED]
+    script = pathlib.Path(modes.__file__)
+    # One process's devices are its own affair, not the eight of this one.
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(i), tmp_path / f"{i}.npz", *names],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [w.communicate(timeout=180)[0] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    assert [w.returncode for w in workers] == [0, 0], "\n".join(outputs)
+    results = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
+    for name in names:
+        for result in results:  # both processes hold the same
+            _check(by_name(name), {k.split("/")[1]: v for k, v in result.items() if k.startswith(name + "/")})
