@@ -64,9 +64,7 @@ def jit(*args):
 def shard_map(*args, check_vma=True):
     inside = partial(step, axis_name="data") if check_vma else _summed_step
     return jax.jit(
-        jax.shard_map(
-            inside, mesh=_mesh(), in_specs=_in_specs(args[4]), out_specs=OUT_SPECS, check_vma=check_vma
-        )
+        jax.shard_map(inside, mesh=_mesh(), in_specs=_in_specs(args[4]), out_specs=OUT_SPECS, check_vma=check_vma)
     )(*args)
 
 

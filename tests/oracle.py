@@ -55,7 +55,10 @@ def batch_norm(x, scale, bias, dy, features, epsilon=1e-5, mask=None):
     lost = (w == 0) & ~np.isfinite(x)
     mean, rstd, n = (np.expand_dims(v, rows) for v in (s.mean, (s.var + epsilon) ** -0.5, np.maximum(s.count, 1e-300)))
     xhat = np.where(lost, 0, (np.where(lost, 0, x) - mean) * rstd)
-    scale, bias = np.expand_dims(np.asarray(scale, np.float64), rows), np.expand_dims(np.asarray(bias, np.float64), rows)
+    scale, bias = (
+        np.expand_dims(np.asarray(scale, np.float64), rows),
+        np.expand_dims(np.asarray(bias, np.float64), rows),
+    )
     dy = np.asarray(dy, np.float64)
     dxhat = np.where(lost, 0, dy * scale)
     pull = dxhat.sum(rows, keepdims=True) + xhat * (dxhat * xhat).sum(rows, keepdims=True)
@@ -72,4 +75,6 @@ def normalize(x, mean, var, scale, bias, features, epsilon=1e-5):
 def update_running(old, s, momentum):
     """Running mean and var; channels without rows or with non-finite moments keep theirs."""
     keep = (s.count == 0) | ~np.isfinite(s.mean) | ~np.isfinite(s.var)
-    return tuple(np.where(keep, o, momentum * o + (1 - momentum) * n) for o, n in zip(old, (s.mean, s.var), strict=True))
+    return tuple(
+        np.where(keep, o, momentum * o + (1 - momentum) * n) for o, n in zip(old, (s.mean, s.var), strict=True)
+    )

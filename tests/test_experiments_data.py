@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grain.sharding import ShardOptions
 
 from experiments.data import IMAGES, LABELS, Labelled, embedded_digits, load
 from experiments.errors import ConfigError
-from experiments.pipeline import Shard, evaluation_batches, training_batches
+from experiments.pipeline import evaluation_batches, training_batches
 
 FILES = {
     "train-images": "train-images-idx3-ubyte.gz",
@@ -130,7 +131,7 @@ def test_epochs_differ_and_hold_each_record_once(digits: Labelled) -> None:
 def test_processes_share_out_the_same_global_batches(digits: Labelled, records: int) -> None:
     data = Labelled(digits.images[:records], digits.labels[:records])
     together = training_batches(data, 100, epochs=2, seed=5)
-    apart = [training_batches(data, 100, epochs=2, seed=5, shard=Shard(index, 4)) for index in range(4)]
+    apart = [training_batches(data, 100, epochs=2, seed=5, shard=ShardOptions(index, 4)) for index in range(4)]
     for whole_batch, *parts in zip(together, *apart, strict=True):
         for name, values in whole_batch.items():
             for index, part in enumerate(parts):
@@ -147,7 +148,7 @@ def test_shifts_stay_within_two_pixels(digits: Labelled) -> None:
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_evaluation_counts_every_record_once(digits: Labelled, count: int) -> None:
-    shards = [list(evaluation_batches(digits, 96, Shard(index, count))) for index in range(count)]
+    shards = [list(evaluation_batches(digits, 96, ShardOptions(index, count))) for index in range(count)]
     batches = [batch for shard in shards for batch in shard]
     assert {len(batch["weight"]) for batch in batches} == {96 // count}
     weights = np.concatenate([batch["weight"] for batch in batches])

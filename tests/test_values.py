@@ -137,13 +137,17 @@ def test_update_running_against_the_oracle():
     rng = np.random.default_rng(0)
     old = rng.normal(size=(2, 5)).astype(np.float32)
     moments = bnjax.Moments(
-        jnp.array([1.0, jnp.nan, 2.0, jnp.inf, 3.0]), jnp.array([1.0, 1.0, jnp.inf, 1.0, 2.0]), jnp.array([4.0, 4, 4, 4, 0])
+        jnp.array([1.0, jnp.nan, 2.0, jnp.inf, 3.0]),
+        jnp.array([1.0, 1.0, jnp.inf, 1.0, 2.0]),
+        jnp.array([4.0, 4, 4, 4, 0]),
     )
     want = oracle.update_running(old, oracle.Statistics(*map(np.asarray, moments)), 0.9)
     got = bnjax.update_running(bnjax.RunningStats(*map(jnp.asarray, old)), moments, momentum=0.9)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 4 * unit("float32"))
-    traced = jax.jit(lambda m: bnjax.update_running(bnjax.RunningStats(*map(jnp.asarray, old)), moments, momentum=m))(0.9)
+    traced = jax.jit(lambda m: bnjax.update_running(bnjax.RunningStats(*map(jnp.asarray, old)), moments, momentum=m))(
+        0.9
+    )
     assert_close(traced.mean, got.mean, 4 * unit("float32"))
 
 

@@ -6,7 +6,7 @@ have exactly the feature shape (a wrong channel count is refused, never broadcas
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ def as_input(x: jax.Array) -> jax.Array:
 
 def as_vector(name: str, vector: jax.Array, layout: Layout) -> jax.Array:
     """A per-channel argument, checked to have exactly the feature shape."""
+    if vector is None:
+        raise ValueError(f"{name} is needed here, of shape {layout.shape}; got None.")
     vector = jnp.asarray(vector)
     if vector.shape != layout.shape:
         raise ValueError(
@@ -75,9 +77,8 @@ def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
     """The mask at the rank of x, still unbroadcast (sums over it stay small)."""
     if mask is None:
         return None
+    _check_weights(mask)
     mask = jnp.asarray(mask)
-    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
-        raise TypeError(f"mask must be bool, integer or floating weights; got dtype {mask.dtype}.")
     shape = (1,) * (x.ndim - mask.ndim) + mask.shape
     fits = len(shape) == x.ndim and all(m in (1, n) for m, n in zip(shape, x.shape, strict=True))
     if not fits:
@@ -85,9 +86,16 @@ def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
             f"mask must be broadcastable to x; got mask {mask.shape} for x {x.shape}. "
             "A mask with one weight per row needs a trailing axis: mask[..., None]."
         )
-    if not isinstance(mask, jax.core.Tracer) and mask.dtype != bool and not bool(jnp.all(mask >= 0)):
+    return (mask if mask.dtype == bool else jnp.where(mask > 0, mask, 0)).reshape(shape)
+
+
+def _check_weights(mask: Any) -> None:
+    """Refuses what is no weight. The values of a traced mask are not known: there a negative one or NaN counts as 0."""
+    if jnp.issubdtype(jnp.result_type(mask), jnp.complexfloating):
+        raise TypeError(f"mask must be bool, integer or floating weights; got dtype {jnp.result_type(mask)}.")
+    known = not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
+    if known and not np.all(np.asarray(mask) >= 0):
         raise ValueError("mask holds weights, which must be non-negative numbers; got a negative one or NaN.")
-    return mask.reshape(shape)
 
 
 def check_epsilon(epsilon: float) -> float:

@@ -115,21 +115,22 @@ def _standardise(
     """y = (x − K)·a + c with a = scale·rstd and c = bias − e·a, in the dtype of the statistics."""
     expand = reduction.layout.expand
     s = centred_moments(reduction, x, mask, K)
-    a, c, mean = _coefficients(epsilon, s, scale, bias, like=x)
-    return _kernels.affine(_readable(x, mask, expand(mean)), expand(s.pivot), expand(a), expand(c)), s
+    a, c, *mean = map(expand, _coefficients(epsilon, x, mask, s, scale, bias))
+    return _kernels.affine(_readable(x, mask, *mean), expand(s.pivot), a, c), s
 
 
 def _coefficients(
-    epsilon: float, s: Centred, scale: jax.Array | None, bias: jax.Array | None, like: jax.Array
+    epsilon: float, x: jax.Array, mask: jax.Array | None, s: Centred, scale: jax.Array | None, bias: jax.Array | None
 ) -> tuple[jax.Array, ...]:
+    """a and c of y = (x − K)·a + c; with a mask the mean too. All that meets x goes there together."""
     a = s.rstd(epsilon) if scale is None else s.rstd(epsilon) * scale
     c = -s.rest * a if bias is None else bias - s.rest * a
-    return _collectives.vary_together((a, c, s.mean), like)
+    return _collectives.vary_together((a, c) if mask is None else (a, c, s.mean), x)
 
 
-def _readable(x: jax.Array, mask: jax.Array | None, mean: jax.Array) -> jax.Array:
+def _readable(x: jax.Array, mask: jax.Array | None, mean: jax.Array | None = None) -> jax.Array:
     """x, with NaN and Inf at positions of weight zero read as the mean: neither they nor their derivatives get out."""
-    if mask is None:
+    if mask is None or mean is None:
         return x
     x = x.astype(mean.dtype)
     return jnp.where((mask > 0) | jnp.isfinite(x), x, mean)
@@ -146,15 +147,14 @@ def _standardise_jvp(
     over memory again.
     """
     x, scale, bias, mask, K = primals
+    t_x, t_scale, t_bias = tangents[:3]
     expand = reduction.layout.expand
     s = centred_moments(reduction, x, mask, K)
-    t_x = tangents[0].astype(K.dtype)  # once: cotangents of a bfloat16 x are added in float32, rounded at the end
+    t_x = t_x.astype(K.dtype)  # once: cotangents of a bfloat16 x are added in float32, rounded at the end
     t_s = moments_tangent(reduction, x, mask, s, t_x)
-    coefficients = partial(_coefficients, epsilon, like=x)
-    (a, c, mean), (t_a, t_c, t_mean) = jax.jvp(coefficients, (s, scale, bias), (t_s, *tangents[1:3]))
-    readable = _readable(x, mask, expand(mean))
+    vectors = jax.jvp(partial(_coefficients, epsilon, x, mask), (s, scale, bias), (t_s, t_scale, t_bias))
+    (a, c, *mean), (t_a, t_c, *t_mean) = (map(expand, v) for v in vectors)
     if mask is not None:
-        t_x = jnp.where((mask > 0) | jnp.isfinite(x), t_x, expand(t_mean))
-    y = _kernels.affine(readable, expand(s.pivot), expand(a), expand(c))
-    t_y = t_x * expand(a) + _kernels.centred_product(readable, expand(s.pivot), expand(t_a)) + expand(t_c)
-    return (y, s), (t_y, t_s)
+        t_x = jnp.where((mask > 0) | jnp.isfinite(x), t_x, *t_mean)
+    K, x = expand(s.pivot), _readable(x, mask, *mean)
+    return (_kernels.affine(x, K, a, c), s), (t_x * a + _kernels.tangent_affine(x, K, t_a, t_c), t_s)

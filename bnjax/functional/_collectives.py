@@ -35,6 +35,11 @@ def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | N
         return Group(names)
     if not names:
         raise ValueError("axis_index_groups divides a named axis into groups: give its axis_name too.")
+    if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        raise ValueError(
+            f"axis_index_groups works on axes of shard_map and pmap; {axis_name!r} is one of vmap, where JAX has no "
+            "grouped sums. Reshape the mapped axis to (groups, size), nest two vmaps and name the inner one alone."
+        )
     groups = tuple(tuple(int(i) for i in g) for g in axis_index_groups)
     size = math.prod(lax.axis_size(name) for name in names)
     if sorted(i for g in groups for i in g) != list(range(size)):

@@ -91,8 +91,10 @@ def affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
     return (x.astype(K.dtype) - K) * a + c
 
 
-def centred_product(x: jax.Array, K: jax.Array, t: jax.Array) -> jax.Array:
-    """(x − K)·t, the part of the derivative of `affine` whose transpose, in t, is a sum over rows."""
-    pivoted = recompute(lambda x, K, t: (x.astype(K.dtype) - K) * t)
-    plain = recompute(lambda x, K, t: x.astype(K.dtype) * t)
-    return _if_pivoted(pivoted, plain, x, K, t)
+def tangent_affine(x: jax.Array, K: jax.Array, t_a: jax.Array, t_c: jax.Array) -> jax.Array:
+    """(x − K)·t_a + t_c, for the derivative: what counts is its transpose, Σdy·(x − K) and Σdy over the rows."""
+    return _if_pivoted(recompute(affine), recompute(_plain_affine), x, K, t_a, t_c)
+
+
+def _plain_affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
+    return x.astype(K.dtype) * a + c

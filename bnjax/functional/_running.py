@@ -113,21 +113,21 @@ def update_running(
 
 def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> jax.Array | float:
     """The weight 1 − m of the new values: a number, or one for each channel."""
-    if needs_steps(momentum, debias) and steps is None:
+    if momentum is not None and not callable(momentum):
+        _axes.check_momentum(momentum)
+        if not debias:
+            return 1 - momentum
+    if steps is None:
         raise ValueError(
             f"momentum={momentum!r} with debias={debias} depends on the step, and running.steps is None: "
             "start with RunningStats(mean, var, steps=jnp.zeros_like(mean))."
         )
-    if callable(momentum):
-        if debias:
-            raise ValueError("debias needs a constant momentum; a function of the step can start at momentum 0 itself.")
-        # One channel at a time: a schedule is written for a scalar step.
-        return 1 - jnp.reshape(jax.vmap(momentum)(jnp.ravel(steps)), jnp.shape(steps))
-    if momentum is not None:
-        _axes.check_momentum(momentum)
-        if not debias:
-            return 1 - momentum
-    return _share_of_averaged(1.0 if momentum is None else momentum, steps)
+    if not callable(momentum):
+        return _share_of_averaged(1.0 if momentum is None else momentum, steps)
+    if debias:
+        raise ValueError("debias needs a constant momentum; a function of the step can start at momentum 0 itself.")
+    # One channel at a time: a schedule is written for a scalar step.
+    return 1 - jnp.reshape(jax.vmap(momentum)(jnp.ravel(steps)), jnp.shape(steps))
 
 
 def _share_of_averaged(momentum: jax.Array | float, t: jax.Array) -> jax.Array:

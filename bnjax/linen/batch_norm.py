@@ -132,10 +132,11 @@ class BatchNorm(nn.Module):
             options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
         y, moments = batch_norm(x, mask=mask, **options)
         if update_stats:
-            averages = dict(momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var)
-            new = update_running(running, moments, **averages)
+            new = update_running(
+                running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
+            )
             mean.value, var.value = new.mean, new.var
-            if steps is not None:
+            if steps is not None and new.steps is not None:
                 steps.value = new.steps
         return affine.finish(y)
 
