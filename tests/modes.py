@@ -102,7 +102,7 @@ def _place(spec, array):
 
 
 def main(port, process, out):
-    """One of two processes: builds global arrays from its own half of the batch, compares nothing, writes everything."""
+    """One of two processes: fills in its half of the batch, compares nothing, writes everything."""
     jax.config.update("jax_num_cpu_devices", DEVICES // 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)

@@ -1,4 +1,4 @@
-"""The textbook formula in plain jax.numpy, for autodiff to differentiate: right in float64, slow and inaccurate else."""
+"""The textbook formula in plain jax.numpy, for autodiff to differentiate: right in float64."""
 
 import jax.numpy as jnp
 

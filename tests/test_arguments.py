@@ -31,7 +31,7 @@ BAD = {
     "var of another size": (lambda x: bnjax.normalize(x, V, jnp.ones(1)), ValueError, "var"),
     "mean left out": (lambda x: bnjax.normalize(x, None, V), ValueError, "mean is needed"),
     "mask of another shape": (lambda x: bnjax.batch_norm(x, mask=jnp.ones((4, 3, 1))), ValueError, "broadcastable"),
-    "mask per row, no axes": (lambda x: bnjax.batch_norm(x, mask=jnp.ones((4, 5))), ValueError, r"mask\[\.\.\., None\]"),
+    "mask without axes": (lambda x: bnjax.batch_norm(x, mask=jnp.ones((4, 5))), ValueError, r"mask\[\.\.\., None\]"),
     "mask of higher rank": (lambda x: bnjax.batch_norm(x, mask=jnp.ones((1, 4, 5, 3))), ValueError, "broadcastable"),
     "mask larger than x": (lambda x: bnjax.batch_norm(x[:1], mask=jnp.ones((4, 1, 1))), ValueError, "broadcastable"),
     "complex mask": (lambda x: bnjax.batch_norm(x, mask=x + 1j), TypeError, "mask"),

@@ -12,7 +12,7 @@ BELOW = {  # what each layer may import of the project
     "nnx": {"functional", "nnx"},
     "tools": {"functional", "linen", "nnx", "tools"},
 }
-# jax, flax, optax and chex alone; plots and tables are drawn with what the extra `experiments` brings, where called for.
+# The four, and NumPy that they bring; plots and tables use what the extra `experiments` brings, where called for.
 LIBRARY = {"jax", "flax", "optax", "chex", "numpy"}
 OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors"}}
 

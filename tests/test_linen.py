@@ -1,4 +1,4 @@
-"""bnjax.linen.BatchNorm is a drop-in: Flax's fields, variables and numbers where Flax is right; checkpoints both ways."""
+"""linen.BatchNorm is a drop-in: Flax's fields, variables and numbers where Flax is right; checkpoints both ways."""
 
 import dataclasses
 

@@ -56,15 +56,11 @@ def only(tree):
 # The interface
 
 
-def test_fields_and_arguments_are_those_of_flax_first():
-    for method in ("__init__", "__call__"):
-        theirs = inspect.signature(getattr(nn.BatchNorm, method)).parameters
-        mine = inspect.signature(getattr(bnjax.linen.BatchNorm, method)).parameters
-        theirs, mine = ([p for n, p in s.items() if n not in ("parent", "name")] for s in (theirs, mine))
-        for a, b in zip(mine, theirs, strict=False):
-            assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default)
-        if method == "__call__":
-            assert all(p.kind == p.KEYWORD_ONLY for p in mine[len(theirs) :])
+def test_arguments_of_the_call_are_those_of_flax_first():
+    theirs, mine = (list(inspect.signature(c.__call__).parameters.values()) for c in (nn.BatchNorm, bnjax.BatchNorm))
+    for a, b in zip(mine, theirs, strict=False):
+        assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default)
+    assert all(p.kind == p.KEYWORD_ONLY for p in mine[len(theirs) :])
 
 
 def test_the_name_of_class_and_variables():
@@ -76,21 +72,6 @@ def test_the_name_of_class_and_variables():
     variables = Net().init(jax.random.key(0), batch())
     assert set(variables["batch_stats"]) == {"BatchNorm_0", "BatchNorm_1"}
     assert jax.tree.map(jnp.shape, variables["params"]["BatchNorm_0"]) == dict(scale=(C,), bias=(C,))
-
-
-@pytest.mark.parametrize("running", [False, True])
-def test_checkpoints_load_both_ways(running):
-    for first, second in ((bnjax.linen.BatchNorm, nn.BatchNorm), (nn.BatchNorm, bnjax.linen.BatchNorm)):
-        x = batch()
-        variables = first().init(jax.random.key(0), x, use_running_average=False)
-        _, updates = first().apply(variables, x, use_running_average=False, mutable=BATCH_STATS)
-        results = [
-            cls().apply({**variables, **updates}, batch(seed=1), use_running_average=running, mutable=BATCH_STATS)
-            for cls in (first, second)
-        ]
-        assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
-        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-            assert_close(a, b, 2 * TOL)
 
 
 # init

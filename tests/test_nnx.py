@@ -325,6 +325,15 @@ def test_a_captured_module_may_be_read_and_not_updated(transform):
     np.testing.assert_array_equal(module.mean[...], np.zeros(C))
 
 
+def test_variables_that_are_references():
+    """Those may be written from anywhere; Flax 0.12.8 writes the value that is being differentiated, and fails."""
+    with nnx.var_defaults(ref=True):
+        module = ours()
+    x = batch()
+    jax.grad(lambda x: jnp.sum(module(x) ** 3))(x)
+    check_one_update(values(module), x)
+
+
 # Defects of flax.nnx.BatchNorm, each shown to be there
 
 

@@ -142,7 +142,8 @@ def test_update_running_against_the_oracle():
         jnp.array([4.0, 4, 4, 4, 0]),
     )
     want = oracle.update_running(old, oracle.Statistics(*map(np.asarray, moments)), 0.9)
-    got = bnjax.update_running(bnjax.RunningStats(*map(jnp.asarray, old)), moments, momentum=0.9)
+    running = bnjax.RunningStats(*map(jnp.asarray, old))
+    got = bnjax.update_running(running, moments, momentum=0.9)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 4 * unit("float32"))
     traced = jax.jit(lambda m: bnjax.update_running(bnjax.RunningStats(*map(jnp.asarray, old)), moments, momentum=m))(

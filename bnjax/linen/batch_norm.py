@@ -122,7 +122,7 @@ class BatchNorm(nn.Module):
         update_stats = update_stats and not use_running_average and not self.is_initializing()
         steps = None
         if needs_steps(self.momentum, self.debias) and (update_stats or self.is_initializing()):
-            steps = self.variable("batch_stats", "steps", jnp.zeros, shape)
+            steps = self.variable("batch_stats", "steps", jnp.zeros, shape, jnp.float32)
         affine = self._affine(x, shape, scale, bias)
         options = dict(axis=self.axis, epsilon=self.epsilon, **affine.core)
         if use_running_average:
