@@ -144,7 +144,7 @@ def test_update_running_against_the_oracle():
     want = oracle.update_running(old, oracle.Statistics(*map(np.asarray, moments)), 0.9)
     running = bnjax.RunningStats(*map(jnp.asarray, old))
     got = bnjax.update_running(running, moments, momentum=0.9)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got[:2], want, strict=True):
         assert_close(a, b, 4 * unit("float32"))
     traced = jax.jit(lambda m: bnjax.update_running(bnjax.RunningStats(*map(jnp.asarray, old)), moments, momentum=m))(
         0.9

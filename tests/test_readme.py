@@ -1,0 +1,36 @@
+"""What the README shows runs as pasted, and CI runs the command that it gives."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.split("\n", 1)[0][:40])
+def test_example(example):
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_a_functional_and_a_module_example():
+    assert any("bnjax.batch_norm(" in e for e in EXAMPLES)
+    assert any("BatchNorm(" in e and "batch_stats" in e for e in EXAMPLES)
+
+
+def test_first_runnable_code_is_within_thirty_lines():
+    assert any(line.startswith("```") for line in README.splitlines()[:30])
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    (pattern,) = re.findall(r"grep -m1 '(.*?)' README.md", (ROOT / ".ci" / "run").read_text())
+    commands = [line for line in README.splitlines() if re.match(pattern, line)]
+    assert len(commands) == 1
+    assert "pytest" in commands[0]
+
+
+def test_every_folder_and_file_that_is_named_exists():
+    for path in re.findall(r"^\| `([\w./]+)` \|", README, re.M):
+        assert (ROOT / path).exists(), f"the README names {path}"
