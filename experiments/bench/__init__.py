@@ -1,0 +1,1 @@
+"""Benchmarks: bnjax beside its peers."""
