@@ -9,5 +9,6 @@ from bnjax.functional import batch_moments as batch_moments
 from bnjax.functional import batch_norm as batch_norm
 from bnjax.functional import merge_moments as merge_moments
 from bnjax.functional import normalize as normalize
+from bnjax.functional import pool_moments as pool_moments
 from bnjax.functional import update_running as update_running
 from bnjax.linen import BatchNorm as BatchNorm

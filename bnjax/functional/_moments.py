@@ -122,56 +122,6 @@ def _batch_moments(reduction: Reduction, x: jax.Array, mask: jax.Array | None, p
     return centred_moments(reduction, x, mask, start_pivot(x, pivot, reduction.layout)).moments()
 
 
-def merge_moments(first: Moments, *others: Moments) -> Moments:
-    r"""The moments of all the rows together, from those of disjoint parts; exact, and empty parts are neutral.
-
-    .. math::
-        n = \sum n_i, \qquad m = \frac1n \sum n_i m_i, \qquad
-        v = \frac1n \sum n_i \bigl(v_i + (m_i - m)^2\bigr)
-
-    Args:
-      first, others: `Moments` of one feature shape (over micro-batches, calls, hosts ...).
-
-    Returns:
-      `Moments` of the union. A part with count 0 contributes nothing, whatever its mean and var (NaN too).
-
-    Raises:
-      ValueError: the feature shapes differ.
-
-    Examples:
-      >>> import jax.numpy as jnp, bnjax
-      >>> x = jnp.array([[0.0, 3.0], [4.0, 3.0], [8.0, 6.0], [0.0, 0.0]])
-      >>> m = bnjax.merge_moments(bnjax.batch_moments(x[:3]), bnjax.batch_moments(x[3:]))
-      >>> print(m.mean, m.count)
-      [3. 3.] [4. 4.]
-
-    References:
-      Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
-    """
-    merged = Moments(*map(jnp.asarray, first))
-    for other in others:
-        other = Moments(*map(jnp.asarray, other))
-        if other.mean.shape != merged.mean.shape:
-            raise ValueError(
-                f"moments to merge must have one feature shape; got {merged.mean.shape} and {other.mean.shape}."
-            )
-        merged = _merge(merged, other)
-    return merged
-
-
-def _merge(p: Moments, q: Moments) -> Moments:
-    count = p.count + q.count
-    share = jnp.where(q.count > 0, q.count / jnp.where(count > 0, count, 1), 0)
-    step = q.mean - p.mean  # the new mean is p.mean + share·step: no cancellation however far both lie from zero
-    mean = p.mean + share * step
-    var = (1 - share) * p.var + share * (q.var + (1 - share) * step * step)
-
-    def pick(a: jax.Array, b: jax.Array, both: jax.Array) -> jax.Array:
-        return jnp.where(q.count == 0, a, jnp.where(p.count == 0, b, both))
-
-    return Moments(pick(p.mean, q.mean, mean), pick(p.var, q.var, var), count)
-
-
 def start_pivot(x: jax.Array, pivot: jax.Array | None, layout: _axes.Layout) -> jax.Array:
     """The pivot of the first sums, in the dtype of the statistics: `pivot` where it is finite, else 0."""
     dtype = _axes.statistics_dtype(x)

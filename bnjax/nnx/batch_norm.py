@@ -1,6 +1,5 @@
 """`BatchNorm` for flax.nnx: holds the variables, calls the functional core, stores the result."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -9,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
 from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
+from jax.nn import initializers
 
 from bnjax.functional import RunningStats, batch_norm, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
 from bnjax.functional._axes import Layout, layout_of
 from bnjax.functional._running import Momentum, needs_steps
+from bnjax.nnx._variables import read, static, write
 
 
 class BatchNorm(nnx.Module):
@@ -34,7 +34,7 @@ class BatchNorm(nnx.Module):
 
     Args:
       num_features: size of the feature axis. With several feature axes their sizes in a tuple, in the order of the
-        axes of x; or, as in Flax, the product of them: then the variables are flat.
+        axes of x; or, as in Flax, their product: then the variables are flat.
       use_running_average: normalise with the running averages; here, by `.train()` and `.eval()`, or at the call.
       axis: the feature axis or axes.
       momentum: the weight of the OLD running value, in [0, 1]; or a function from the step 0, 1, ... to it (an Optax
@@ -99,8 +99,8 @@ class BatchNorm(nnx.Module):
         param_dtype: Any = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
-        bias_init: nnx.initializers.Initializer = nnx.initializers.zeros_init(),
-        scale_init: nnx.initializers.Initializer = nnx.initializers.ones_init(),
+        bias_init: initializers.Initializer = initializers.zeros,
+        scale_init: initializers.Initializer = initializers.ones,
         axis_name: str | Sequence[str] | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
@@ -113,7 +113,7 @@ class BatchNorm(nnx.Module):
         debias: bool = False,
         unbiased_var: bool = False,
     ):
-        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
         if needs_steps(momentum, debias):
@@ -124,17 +124,17 @@ class BatchNorm(nnx.Module):
             self.scale = nnx.Param(scale, **scale_metadata)
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
-        self.num_features = num_features
+        self.num_features = static(num_features)
         self.use_running_average = use_running_average
-        self.axis = axis
+        self.axis = static(axis)
         self.momentum = momentum
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
+        self.axis_name = static(axis_name)
+        self.axis_index_groups = static(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.update_stats = update_stats
@@ -178,9 +178,11 @@ class BatchNorm(nnx.Module):
             return affine.finish(normalize(x, running.mean, running.var, **options))
         options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
         y, moments = batch_norm(x, mask=mask, **options)
-        if first_from(update_stats, self.update_stats, error_msg=""):
-            averages = dict(momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var)
-            self._store(update_running(running, moments, **averages))
+        if self.update_stats if update_stats is None else update_stats:
+            new = update_running(
+                running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
+            )
+            write(self, {name: v for name, v in new._asdict().items() if v is not None})
         return affine.finish(y)
 
     def set_view(self, use_running_average: bool | None = None, update_stats: bool | None = None) -> None:
@@ -196,51 +198,27 @@ class BatchNorm(nnx.Module):
             self.update_stats = update_stats
 
     def _running(self, layout: Layout) -> RunningStats:
-        steps = _value(self.steps, layout) if hasattr(self, "steps") else None
-        mean = _value(self.mean, layout)
+        steps = read(self.steps, layout) if hasattr(self, "steps") else None
+        mean = read(self.mean, layout)
         if mean.shape != layout.shape:
             raise ValueError(
                 f"num_features must be the size of the feature axes {layout.features} of x, {layout.shape}; "
                 f"got num_features={self.num_features}. Check the channel count, or the axis argument."
             )
-        return RunningStats(mean, _value(self.var, layout), steps)
+        return RunningStats(mean, read(self.var, layout), steps)
 
     def _affine(
         self, x: jax.Array, layout: Layout, running: RunningStats, scale: jax.Array | None, bias: jax.Array | None
     ) -> Affine:
         """The parameters, or what the call gave in their place."""
-        scale = own_or_given("scale", None if self.scale is None else _value(self.scale, layout), scale)
-        bias = own_or_given("bias", None if self.bias is None else _value(self.bias, layout), bias)
+        scale = own_or_given("scale", None if self.scale is None else read(self.scale, layout), scale)
+        bias = own_or_given("bias", None if self.bias is None else read(self.bias, layout), bias)
         promote = partial(self.promote_dtype, dtype=self.dtype)
         promoted = jax.eval_shape(promote, (x, running.mean, running.var, scale, bias))
         return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=promoted[0].dtype)
-
-    def _store(self, running: RunningStats) -> None:
-        for name, value in running._asdict().items():
-            if value is not None:
-                self._store_one(name, value.reshape(getattr(self, name).shape))
-
-    def _store_one(self, name: str, value: jax.Array) -> None:
-        """Writes into the variable or, where it comes from outside the trace, puts a new one in its place.
-
-        The second case is `nnx.merge(graphdef, params, rest)` inside `jax.grad`: the module is of this trace, the
-        variables in `rest` are not. `nnx.state(module, nnx.BatchStat)` then holds the new ones, and `rest` stays as it
-        was: a value of this trace may not get there.
-        """
-        variable = getattr(self, name)
-        try:
-            variable[...] = value
-        except TraceContextError:
-            setattr(self, name, variable.copy(value))
 
 
 _WHICH_STATISTICS = (
     "use_running_average must be given to the constructor or at the call, or set by .train() and .eval(): it says "
     "whether the running averages normalise or the statistics of the batch."
 )
-
-
-def _value(variable: nnx.Variable[jax.Array], layout: Layout) -> jax.Array:
-    """The value, in the feature shape also where the variable is flat (one number for several feature axes)."""
-    value = variable[...]
-    return value.reshape(layout.shape) if value.shape == (math.prod(layout.shape),) else value

@@ -2,3 +2,13 @@
 
 from bnjax.tools._decay_mask import affine_labels as affine_labels
 from bnjax.tools._decay_mask import decay_mask as decay_mask
+from bnjax.tools._fold import Folded as Folded
+from bnjax.tools._fold import fold as fold
+from bnjax.tools._fold_pairs import Pair as Pair
+from bnjax.tools._recalibrate import collect_moments as collect_moments
+from bnjax.tools._recalibrate import recalibrate as recalibrate
+from bnjax.tools._statistics import copy_stats as copy_stats
+from bnjax.tools._statistics import freeze_stats as freeze_stats
+from bnjax.tools._statistics import frozen_norms as frozen_norms
+from bnjax.tools._statistics import merge_stats as merge_stats
+from bnjax.tools._statistics import reset_stats as reset_stats

@@ -124,7 +124,7 @@ def _parameters(params: Any) -> set[Path]:
     flat = _trees.flatten(params)
     if not flat.names:
         raise ValueError("params holds no parameters.")
-    statistics = {i for at in flat.layers.values() for i in (at["mean"], at["var"])}
+    statistics = {i for at in flat.layers.values() for role, i in at.items() if role in _trees.STATISTICS}
     return {name for i, name in enumerate(flat.names) if i not in statistics}
 
 

@@ -8,6 +8,7 @@ same path in the collection `params`, or sit beside them. Leading axes of vmappe
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from flax.core.meta import AxisMetadata
 Path = tuple[str, ...]  # names from the root to a layer or a leaf; the collection is left out
 
 COLLECTIONS = ("params", "batch_stats")
-ROLES = ("mean", "var", "scale", "bias")
+STATISTICS = ("mean", "var", "steps")  # the last one where the average needs it
+ROLES = (*STATISTICS, "scale", "bias")
 
 
 class Tree(NamedTuple):
@@ -28,18 +30,17 @@ class Tree(NamedTuple):
     layers: dict[Path, dict[str, int]]  # layer -> role -> index of the leaf; "mean" and "var" are always there
     build: Callable[[list[Any]], Any]  # new leaves -> a tree of the structure that was given
 
-    def stats(self, layer: Path) -> tuple[jax.Array, jax.Array]:
-        """The running mean and variance of a layer."""
-        at = self.layers[layer]
-        return self.leaves[at["mean"]], self.leaves[at["var"]]
+    def stats(self, layer: Path) -> dict[str, jax.Array]:
+        """The statistics of a layer: the running mean and variance, and the steps where they are counted."""
+        return {role: self.leaves[i] for role, i in self.layers[layer].items() if role in STATISTICS}
 
     def replace(self, values: Mapping[Path, Mapping[str, Any]]) -> Any:
-        """The tree with new leaves for `values[layer][role]`, in the dtypes of the old ones."""
+        """The tree with new leaves for `values[layer][role]`, where it has such, in the dtypes of the old ones."""
         leaves = list(self.leaves)
         for layer, roles in values.items():
-            for role, value in roles.items():
-                at = self.layers[layer][role]
-                leaves[at] = value.astype(leaves[at].dtype)
+            for role, at in self.layers[layer].items():
+                if role in roles:
+                    leaves[at] = roles[role].astype(leaves[at].dtype)
         return self.build(leaves)
 
 
@@ -52,7 +53,7 @@ def flatten(tree: Any) -> Tree:
     keyed, structure = jax.tree_util.tree_flatten_with_path(tree)
     raw = [_raw_names(keys) for keys, _ in keyed]
     names, leaves = [_without_collection(r, tree) for r in raw], [leaf for _, leaf in keyed]
-    return Tree(names, leaves, _find_layers(raw, names, leaves), structure.unflatten)
+    return Tree(names, leaves, _find_layers(raw, names, leaves), partial(jax.tree.unflatten, structure))
 
 
 def flatten_with_layers(tree: Any) -> Tree:
@@ -61,9 +62,9 @@ def flatten_with_layers(tree: Any) -> Tree:
     if not flat.layers:
         top = sorted({name[0] for name in flat.names if name})
         raise ValueError(
-            "the tree holds no batch normalization statistics: no node of it owns leaves 'mean' and 'var' of one shape; "
-            f"its top-level names are {top}. Pass the linen variables or their 'batch_stats' collection, or an nnx "
-            "state that contains the nnx.BatchStat variables."
+            "the tree holds no batch normalization statistics: no node of it owns leaves 'mean' and 'var' of one "
+            f"shape; its top-level names are {top}. Pass the linen variables or their 'batch_stats' collection, or an "
+            "nnx state that contains the nnx.BatchStat variables."
         )
     return flat
 
@@ -76,7 +77,7 @@ def is_box(node: Any) -> bool:
 def label_leaves(tree: Any, label: Callable[[Path], Any]) -> Any:
     """A tree of `label(path)`; boxes are leaves of it, so that it fits a state with variables and one with arrays."""
     keyed, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    return structure.unflatten([label(_without_collection(_raw_names(keys), tree)) for keys, _ in keyed])
+    return jax.tree.unflatten(structure, [label(_without_collection(_raw_names(keys), tree)) for keys, _ in keyed])
 
 
 def show(path: Path) -> str:
@@ -104,12 +105,9 @@ def select(paths: Iterable[Path], patterns: Sequence[str] | None) -> list[Path]:
 
 
 def _raw_names(keys: Sequence[Any]) -> Path:
-    """Key path as names, without the `value` that boxes and some checkpoints put below a variable's name."""
+    """Key path as names, without the `value` that boxes, and their checkpoints, put below a variable's name."""
     names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-    boxed = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey) and len(keys) > 1
-    if len(names) > 1 and names[-1] == "value" and (boxed or names[-2] in ROLES):
-        return names[:-1]
-    return names
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
 def _without_collection(names: Path, tree: Any) -> Path:
@@ -129,7 +127,7 @@ def _find_layers(raw: list[Path], names: list[Path], leaves: list[Any]) -> dict[
 
 def _may_hold(raw: Path, role: str) -> bool:
     """linen: statistics live in `batch_stats`, scale and bias in `params`."""
-    return raw[0] not in COLLECTIONS or (raw[0] == "batch_stats") == (role in ("mean", "var"))
+    return raw[0] not in COLLECTIONS or (raw[0] == "batch_stats") == (role in STATISTICS)
 
 
 def _is_layer(at: Mapping[str, int], leaves: list[Any]) -> bool:

@@ -1,0 +1,112 @@
+"""Moments of several batches as one: given side by side, or one on each device."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from bnjax.functional import _collectives
+from bnjax.functional._moments import Moments
+
+
+def merge_moments(first: Moments, *others: Moments) -> Moments:
+    r"""The moments of all the rows together, from those of disjoint parts; exact, and empty parts are neutral.
+
+    .. math::
+        n = \sum n_i, \qquad m = \frac1n \sum n_i m_i, \qquad
+        v = \frac1n \sum n_i \bigl(v_i + (m_i - m)^2\bigr)
+
+    Args:
+      first, others: `Moments` of one feature shape (over micro-batches, calls, hosts ...).
+
+    Returns:
+      `Moments` of the union. A part with count 0 contributes nothing, whatever its mean and var (NaN too).
+
+    Raises:
+      ValueError: the feature shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> x = jnp.array([[0.0, 3.0], [4.0, 3.0], [8.0, 6.0], [0.0, 0.0]])
+      >>> m = bnjax.merge_moments(bnjax.batch_moments(x[:3]), bnjax.batch_moments(x[3:]))
+      >>> print(m.mean, m.count)
+      [3. 3.] [4. 4.]
+
+    References:
+      Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
+    """
+    merged = Moments(*map(jnp.asarray, first))
+    for other in others:
+        other = Moments(*map(jnp.asarray, other))
+        if other.mean.shape != merged.mean.shape:
+            raise ValueError(
+                f"moments to merge must have one feature shape; got {merged.mean.shape} and {other.mean.shape}."
+            )
+        merged = _merge(merged, other)
+    return merged
+
+
+def _merge(p: Moments, q: Moments) -> Moments:
+    count = p.count + q.count
+    share = jnp.where(q.count > 0, q.count / jnp.where(count > 0, count, 1), 0)
+    step = q.mean - p.mean  # the new mean is p.mean + share·step: no cancellation however far both lie from zero
+    mean = p.mean + share * step
+    var = (1 - share) * p.var + share * (q.var + (1 - share) * step * step)
+
+    def pick(a: jax.Array, b: jax.Array, both: jax.Array) -> jax.Array:
+        return jnp.where(q.count == 0, a, jnp.where(p.count == 0, b, both))
+
+    return Moments(pick(p.mean, q.mean, mean), pick(p.var, q.var, var), count)
+
+
+def pool_moments(
+    moments: Moments,
+    *,
+    axis_name: _collectives.AxisName,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    pivot: jax.Array | None = None,
+) -> Moments:
+    r"""The moments of all the rows of all devices, from those that each device has of its own; one all-reduce.
+
+    What :func:`merge_moments` gives for the devices' moments, by sums about a pivot K that they share:
+
+    .. math::
+        n = \sum n_i, \qquad e = \frac1n \sum n_i (m_i - K), \qquad
+        v = \frac1n \sum n_i \bigl(v_i + (m_i - K)^2\bigr) - e^2
+
+    For running averages of all the data where each group of devices normalises by its own: normalise with the moments
+    of the group, update with those of everybody.
+
+    Args:
+      moments: `Moments` of this device's rows, each `[C]`. With count 0 they contribute nothing, NaN or not.
+      axis_name: name, or names, of the mapped axes to pool over.
+      axis_index_groups: groups of indices along `axis_name`, of one size.
+      pivot: `[C]`, equal on all devices, near the means; the running mean is the usual one.
+
+    Returns:
+      `Moments`, the same on every device.
+
+    Raises:
+      ValueError: as for :func:`batch_moments`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> def both(x):
+      ...     own = bnjax.batch_moments(x)
+      ...     return own.mean, bnjax.pool_moments(own, axis_name="i").mean
+      >>> own, pooled = jax.vmap(both, axis_name="i")(jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]]))
+      >>> print(own.ravel(), pooled.ravel())
+      [2. 6.] [4. 4.]
+
+    References:
+      Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
+    """
+    group = _collectives.group_of(axis_name, axis_index_groups, jnp.shape(moments.mean))
+    mean, var, n = map(jnp.asarray, moments)
+    K = jnp.zeros_like(mean) if pivot is None else jax.lax.stop_gradient(pivot).astype(mean.dtype)
+    shift = jnp.where(n > 0, mean - K, 0)
+    sums = jnp.stack([n, n * shift, n * (jnp.where(n > 0, var, 0) + shift**2)])
+    count, S1, S2 = _collectives.pool(sums, group)
+    whole = jnp.where(count > 0, count, 1)
+    rest = S1 / whole
+    return Moments(K + rest, jnp.maximum(S2 / whole - rest**2, 0), count)

@@ -1,0 +1,251 @@
+"""Running statistics as part of a tree: merge, reset, copy, freeze."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.functional import Moments, merge_moments
+from bnjax.tools import _trees
+from bnjax.tools._layers import Call, handling, is_norm
+from bnjax.tools._trees import Path, Tree, show
+
+
+def merge_stats(parts: Any, *, counts: Sequence[float] | None = None, axis: int | None = None) -> Any:
+    r"""The statistics of all rows together, from statistics that diverged: of replicas, hosts, averaged checkpoints.
+
+    .. math::
+        n = \sum n_i, \qquad \mathrm{mean} = \frac1n \sum n_i m_i, \qquad
+        \mathrm{var} = \frac1n \sum n_i \bigl(v_i + (m_i - \mathrm{mean})^2\bigr)
+
+    The average of the variances alone forgets the variance of the means: replicas of variance 1 whose means lie at
+    −1 and 1 have variance 2 together. Only statistics are merged; every other leaf is that of the first part.
+
+    Args:
+      parts: a sequence of trees of one structure with statistics `[C]`; or, with `axis`, one tree whose statistics
+        have an axis over the parts, `[R, C]`, as `pmap` and `process_allgather` make them.
+      counts: how many rows, or steps, stand behind each part, `[R]`; equal ones by default. A part of count 0 takes no
+        part, even where it holds NaN.
+      axis: the axis of the statistics that runs over the parts. Leaves that are not statistics stay as they are.
+
+    Returns:
+      A tree of the structure of one part, with statistics in the dtypes they had.
+
+    Raises:
+      ValueError: no parts, or no statistics in them; layers, shapes or counts that do not fit together.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bnjax import tools
+      >>> one = {"bn": {"mean": jnp.array([-1.0]), "var": jnp.array([1.0])}}
+      >>> two = {"bn": {"mean": jnp.array([1.0]), "var": jnp.array([1.0])}}
+      >>> tools.merge_stats([one, two])
+      {'bn': {'mean': Array([0.], dtype=float32), 'var': Array([2.], dtype=float32)}}
+      >>> replicas = {"bn": {"mean": jnp.array([[-1.0], [1.0]]), "var": jnp.array([[1.0], [1.0]])}}
+      >>> tools.merge_stats(replicas, counts=[3, 1], axis=0)["bn"]["mean"]
+      Array([-0.5], dtype=float32)
+
+    References:
+      Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
+    """
+    if axis is not None:
+        tree = _trees.flatten_with_layers(parts)
+        stats = {layer: _unstack(layer, tree.stats(layer), axis) for layer in tree.layers}
+    else:
+        trees = _alike(parts)
+        tree = trees[0]
+        stats = {layer: [t.stats(layer) for t in trees] for layer in tree.layers}
+    sizes = {len(s) for s in stats.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"axis={axis} must run over the same parts in every layer; got sizes {sorted(sizes)}.")
+    weights = _weights(counts, sizes.pop())
+    return tree.replace({layer: _merge(s, weights) for layer, s in stats.items()})
+
+
+def _unstack(layer: Path, stacked: dict[str, jax.Array], axis: int) -> list[dict[str, jax.Array]]:
+    mean = stacked["mean"]
+    if not -mean.ndim <= axis < mean.ndim or mean.ndim < 2:
+        raise ValueError(
+            f"axis={axis} must be an axis of the statistics besides the channels'; those of {show(layer)} have shape "
+            f"{mean.shape}. For a sequence of trees leave axis out."
+        )
+    return [{role: jnp.take(s, i, axis) for role, s in stacked.items()} for i in range(mean.shape[axis])]
+
+
+def _alike(parts: Any) -> list[Tree]:
+    """The parts, flattened, once it is clear that they hold the same layers in the same shapes."""
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ValueError(f"parts must be a non-empty sequence of trees (or give axis=); got {type(parts).__name__}.")
+    trees = [_trees.flatten_with_layers(part) for part in parts]
+    for tree in trees[1:]:
+        _check_layers(trees[0], tree)
+    return trees
+
+
+def _weights(counts: Sequence[float] | None, parts: int) -> list[float]:
+    weights = [1.0] * parts if counts is None else [float(n) for n in counts]
+    if len(weights) != parts or not all(n >= 0 and np.isfinite(n) for n in weights) or sum(weights) == 0:
+        raise ValueError(
+            f"counts must be {parts} non-negative numbers, one for each part, and not all zero; got {counts!r}."
+        )
+    return weights
+
+
+def _merge(parts: Sequence[dict[str, jax.Array]], counts: Sequence[float]) -> dict[str, jax.Array]:
+    def moments(part: dict[str, jax.Array], count: float) -> Moments:
+        dtype = jnp.promote_types(jnp.result_type(part["mean"], part["var"]), jnp.float32)
+        mean, var = jnp.asarray(part["mean"], dtype), jnp.asarray(part["var"], dtype)
+        return Moments(mean, var, jnp.full_like(mean, count))
+
+    merged = merge_moments(*map(moments, parts, counts))
+    stats = {"mean": merged.mean, "var": merged.var}
+    if all("steps" in part for part in parts):  # the batches behind the merged average are those behind its parts
+        stats["steps"] = sum((p["steps"] for p, n in zip(parts, counts, strict=True) if n > 0), jnp.zeros(()))
+    return stats
+
+
+def reset_stats(variables: Any, *, layers: Sequence[str] | None = None) -> Any:
+    r"""Statistics as they start: :math:`\mathrm{mean} = 0, \mathrm{var} = 1`, and no steps counted.
+
+    Args:
+      variables: a tree with statistics of any shapes.
+      layers: patterns of layers, such as `"block1/*"`; all by default.
+
+    Returns:
+      The tree, with the statistics of those layers reset and all else untouched.
+
+    Raises:
+      ValueError: no statistics in the tree, or a pattern that fits no layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bnjax import tools
+      >>> tools.reset_stats({"bn": {"mean": jnp.array([3.0]), "var": jnp.array([7.0])}})
+      {'bn': {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}}
+    """
+    tree = _trees.flatten_with_layers(variables)
+    start = {"mean": jnp.zeros_like, "var": jnp.ones_like, "steps": jnp.zeros_like}
+    chosen = _trees.select(tree.layers, layers)
+    return tree.replace({layer: {r: start[r](s) for r, s in tree.stats(layer).items()} for layer in chosen})
+
+
+def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None) -> Any:
+    r"""`target` with the statistics of `source`.
+
+    .. math:: \mathrm{mean}_\text{target} = \mathrm{mean}_\text{source}, \quad
+              \mathrm{var}_\text{target} = \mathrm{var}_\text{source}
+
+    Args:
+      source: a tree with statistics of any shapes; it may be another kind of tree than `target` (one collection, all
+        the variables, a state) as long as the layers have the same paths.
+      target: the tree to copy into.
+      layers: patterns of layers, such as `"block1/*"`; all the layers of `target` by default.
+
+    Returns:
+      `target` with the chosen statistics replaced, in its own dtypes.
+
+    Raises:
+      ValueError: no statistics in one of the trees; a layer of other shape or that `source` lacks; a pattern that
+        fits no layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bnjax import tools
+      >>> source = {"bn": {"mean": jnp.array([3.0]), "var": jnp.array([7.0])}}
+      >>> target = {"params": {"bn": {"scale": jnp.array([2.0])}}, "batch_stats": tools.reset_stats(source)}
+      >>> tools.copy_stats(source, target)["batch_stats"]
+      {'bn': {'mean': Array([3.], dtype=float32), 'var': Array([7.], dtype=float32)}}
+    """
+    here, there = _trees.flatten_with_layers(source), _trees.flatten_with_layers(target)
+    chosen = _trees.select(there.layers, layers)
+    _check_layers(here, there, chosen)
+    return there.replace({layer: here.stats(layer) for layer in chosen})
+
+
+def _check_layers(here: Tree, there: Tree, layers: Sequence[Path] | None = None) -> None:
+    """Raises ValueError unless both trees hold the layers (all of them, by default), in the same shapes."""
+    wanted = set(here.layers) | set(there.layers) if layers is None else set(layers)
+    for layer in sorted(wanted):
+        shapes = [t.stats(layer)["mean"].shape if layer in t.layers else "none" for t in (here, there)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the statistics of {show(layer)} do not correspond: {shapes[0]} in one tree, {shapes[1]} in the "
+                "other. The trees must come from one model, at one depth."
+            )
+
+
+def freeze_stats(before: Any, after: Any, *, layers: Sequence[str] | None = None) -> Any:
+    r"""What a training step made, but with the statistics that some layers had before it.
+
+    .. math:: \mathrm{mean}_\text{after} \leftarrow \mathrm{mean}_\text{before} \quad \text{for the frozen layers}
+
+    For trees of any library, inside `jit` too; a layer is unfrozen by not naming it any more. It says which statistics
+    are kept. Which ones normalise is the module's business: :func:`frozen_norms` for linen, and for nnx
+    `model.set_attributes(nnx.BatchNorm, use_running_average=True)`.
+
+    Args:
+      before: the tree before the step, with statistics of any shapes.
+      after: the tree after it.
+      layers: patterns of the layers to freeze, such as `"block1/*"`; all by default.
+
+    Returns:
+      `after`, with the statistics of those layers from `before`.
+
+    Raises:
+      ValueError: as :func:`copy_stats`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bnjax import tools
+      >>> before = {name: {"mean": jnp.zeros(1), "var": jnp.ones(1)} for name in ("stem", "head")}
+      >>> after = {name: {"mean": jnp.ones(1), "var": jnp.ones(1)} for name in ("stem", "head")}
+      >>> kept = tools.freeze_stats(before, after, layers=["stem"])
+      >>> print(kept["stem"]["mean"], kept["head"]["mean"])
+      [0.] [1.]
+    """
+    return copy_stats(before, after, layers=layers)
+
+
+@contextmanager
+def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
+    r"""Within it, linen batch normalization layers run on their running statistics and leave them as they are.
+
+    .. math:: y = \frac{x - \mathrm{mean}_\text{running}}{\sqrt{\mathrm{var}_\text{running} + \epsilon}}
+              \cdot \mathrm{scale} + \mathrm{bias}
+
+    Fine-tuning with frozen batch normalization, for a model whose own `train` flag also turns dropout on. It may stand
+    inside a jitted function or around its calls. Gradients still flow to scale and bias; see
+    :func:`affine_labels` to freeze these. For nnx modules use
+    `model.set_attributes(nnx.BatchNorm, use_running_average=True)`, and `False` to unfreeze.
+
+    Args:
+      layers: patterns of the layers to freeze, such as `"block1/*"`; all by default.
+
+    Raises:
+      ValueError: `layers` is one string instead of a sequence.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> from bnjax import tools
+      >>> norm, x = bnjax.linen.BatchNorm(use_running_average=False), jnp.array([[4.0], [6.0]])
+      >>> variables = norm.init(jax.random.key(0), x)
+      >>> with tools.frozen_norms():
+      ...     print(jnp.round(norm.apply(variables, x)).T)
+      [[4. 6.]]
+    """
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a sequence of patterns; got the string {layers!r}: write [{layers!r}].")
+
+    chosen = None if layers is None else tuple(layers)
+
+    def run(call: Call) -> jax.Array:
+        named = chosen is None or any(_trees.matches(call.path, p) for p in chosen)
+        if is_norm(call.module) and named:
+            return call.run_on_running_average(call.x)
+        return call.run(call.x)
+
+    with handling(run, key=("frozen", chosen)):
+        yield

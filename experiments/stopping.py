@@ -1,0 +1,31 @@
+"""SIGTERM and Ctrl-C as a polite request: the loop saves a checkpoint and ends."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether any process was asked to stop. A second signal acts as it always does."""
+    requests: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        requests.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: anywhere(bool(requests))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is true on some process: all must leave the loop at the same step."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).any())
