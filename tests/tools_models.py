@@ -75,8 +75,8 @@ class NnxNet(nnx.Module):
         return self.head(self.ln(x.mean((1, 2))))
 
 
-def images(seed=0, rows=8, size=6):
-    return jax.random.normal(jax.random.key(seed), (rows, size, size, 3))
+def images(seed=0, rows=8, size=6, rank=4):
+    return jax.random.normal(jax.random.key(seed), (rows, *[size] * (rank - 2), 3))
 
 
 def trained(variables, seed=1):

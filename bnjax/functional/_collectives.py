@@ -5,6 +5,7 @@ whose rows are pooled; `pool` adds a stack of per-channel sums over it in ONE al
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,21 @@ def pool(sums: jax.Array, group: Group) -> jax.Array:
             "two axes, such as Mesh(devices.reshape(groups, size), ('group', 'member')), shard the batch over both and "
             "pass axis_name='member'; or use check_vma=False."
         ) from error
+
+
+def warn_if_local(running: jax.Array, batch: jax.Array, shape: tuple[int, ...]) -> None:
+    """Says so where running statistics that all devices share are about to be updated with those of one device's rows.
+
+    Only shard_map(check_vma=True) lets this be seen.
+    """
+    if names := varying(batch) - varying(running):
+        warnings.warn(
+            f"a batch of shape {shape} was normalised by this device's rows alone, though it is spread over the mesh "
+            f"axes {sorted(names)}: the running averages now differ between devices. Pass axis_name={sorted(names)} to "
+            "normalise by the whole batch; stats_axis_name, to normalise by local statistics but keep running averages "
+            "of everybody's; or update_stats=False.",
+            stacklevel=4,
+        )
 
 
 def varying(x: jax.Array) -> frozenset[str]:

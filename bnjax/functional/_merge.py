@@ -65,6 +65,7 @@ def pool_moments(
     axis_name: _collectives.AxisName,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     pivot: jax.Array | None = None,
+    copies: int = 1,
 ) -> Moments:
     r"""The moments of all the rows of all devices, from those that each device has of its own; one all-reduce.
 
@@ -82,6 +83,7 @@ def pool_moments(
       axis_name: name, or names, of the mapped axes to pool over.
       axis_index_groups: groups of indices along `axis_name`, of one size.
       pivot: `[C]`, equal on all devices, near the means; the running mean is the usual one.
+      copies: how many of the devices hold the same moments: the size of the groups that they were pooled over already.
 
     Returns:
       `Moments`, the same on every device.
@@ -106,7 +108,32 @@ def pool_moments(
     K = jnp.zeros_like(mean) if pivot is None else jax.lax.stop_gradient(pivot).astype(mean.dtype)
     shift = jnp.where(n > 0, mean - K, 0)
     sums = jnp.stack([n, n * shift, n * (jnp.where(n > 0, var, 0) + shift**2)])
-    count, S1, S2 = _collectives.pool(sums, group)
+    count, S1, S2 = _collectives.pool(sums, group) / copies
     whole = jnp.where(count > 0, count, 1)
     rest = S1 / whole
     return Moments(K + rest, jnp.maximum(S2 / whole - rest**2, 0), count)
+
+
+def moments_for_running(
+    moments: Moments,
+    running: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    stats_axis_name: _collectives.AxisName,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+) -> Moments:
+    """The moments that a module's running averages follow: of whoever normalised together, or of everybody.
+
+    Args:
+      moments: `Moments` that normalised the batch, each `[C]`.
+      running: `[C]`, the running mean.
+      shape: of the batch, for the warning where running averages that devices share would come to differ.
+      stats_axis_name: name, or names, of the axes over which the running averages are those of all devices; None leaves
+        the moments as they are.
+      axis_index_groups: the groups along that axis that normalised together.
+    """
+    if stats_axis_name is None:
+        _collectives.warn_if_local(running, moments.mean, shape)
+        return moments
+    copies = 1 if axis_index_groups is None else len(axis_index_groups[0])
+    return pool_moments(moments, axis_name=stats_axis_name, pivot=running, copies=copies)

@@ -6,11 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import DenyList, in_filter
 from flax.linen.module import merge_param
 
-from bnjax.functional import RunningStats, batch_norm, normalize, update_running
+from bnjax.functional import Moments, RunningStats, batch_norm, merge_moments, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
 from bnjax.functional._axes import layout_of
+from bnjax.functional._merge import moments_for_running
 from bnjax.functional._running import Momentum, needs_steps
 
 
@@ -26,6 +28,10 @@ class BatchNorm(nn.Module):
 
     Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
     call updates the running ones, and an Optax mask whether scale and bias train.
+
+    With `mutable=["moments"]` the moments of the batch are merged into the collection of that name, `{mean, var,
+    count}` per layer: over several calls, if it is passed back in, exactly those of all the rows.
+    :func:`bnjax.tools.apply_moments` makes one update of the running averages of them.
 
     Attributes:
       use_running_average: normalise with the running averages; here or at the call.
@@ -50,6 +56,9 @@ class BatchNorm(nn.Module):
         towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
       unbiased_var: average var·n/(n − 1), as PyTorch does.
+      stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
+        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. One
+        more all-reduce. Without it, running averages follow the statistics that normalise.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` at the call of a
@@ -86,6 +95,7 @@ class BatchNorm(nn.Module):
     scale_offset: float = 0.0
     debias: bool = False
     unbiased_var: bool = False
+    stats_axis_name: str | Sequence[str] | None = None
 
     @nn.compact
     def __call__(
@@ -131,7 +141,16 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
         y, moments = batch_norm(x, mask=mask, **options)
+        if self._is_asked_for("moments"):
+            self._accumulate(moments)
         if update_stats:
+            moments = moments_for_running(
+                moments,
+                running.mean,
+                shape=x.shape,
+                stats_axis_name=self.stats_axis_name,
+                axis_index_groups=self.axis_index_groups,
+            )
             new = update_running(
                 running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
             )
@@ -139,6 +158,20 @@ class BatchNorm(nn.Module):
             if steps is not None and new.steps is not None:
                 steps.value = new.steps
         return affine.finish(y)
+
+    def _is_asked_for(self, collection: str) -> bool:
+        """Whether `mutable` names the collection. True, or all but a few (as in `init`), gives what Flax gives."""
+        mutable = self.scope.mutable if self.scope is not None else False
+        return not isinstance(mutable, (bool, DenyList)) and in_filter(mutable, collection)
+
+    def _accumulate(self, moments: Moments) -> None:
+        """Merges the moments into the collection `moments`: those of all calls since it was empty."""
+        held = {
+            name: self.variable("moments", name, jnp.zeros_like, value) for name, value in moments._asdict().items()
+        }
+        merged = merge_moments(Moments(*(variable.value for variable in held.values())), moments)
+        for name, value in merged._asdict().items():
+            held[name].value = value
 
     def _affine(self, x: jax.Array, shape: tuple[int, ...], scale: jax.Array | None, bias: jax.Array | None) -> Affine:
         """The parameters, or what the call gave in their place."""

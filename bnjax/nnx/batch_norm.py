@@ -15,6 +15,7 @@ from jax.nn import initializers
 from bnjax.functional import RunningStats, batch_norm, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
 from bnjax.functional._axes import Layout, layout_of
+from bnjax.functional._merge import moments_for_running
 from bnjax.functional._running import Momentum, needs_steps
 from bnjax.nnx._variables import read, static, write
 
@@ -61,6 +62,9 @@ class BatchNorm(nnx.Module):
         towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
       unbiased_var: average var·n/(n − 1), as PyTorch does.
+      stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
+        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. One
+        more all-reduce. Without it, running averages follow the statistics that normalise.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or a `num_features` that is not that of
@@ -112,6 +116,7 @@ class BatchNorm(nnx.Module):
         scale_offset: float = 0.0,
         debias: bool = False,
         unbiased_var: bool = False,
+        stats_axis_name: str | Sequence[str] | None = None,
     ):
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
@@ -141,6 +146,7 @@ class BatchNorm(nnx.Module):
         self.scale_offset = scale_offset
         self.debias = debias
         self.unbiased_var = unbiased_var
+        self.stats_axis_name = static(stats_axis_name)
 
     def __call__(
         self,
@@ -179,6 +185,13 @@ class BatchNorm(nnx.Module):
         options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
         y, moments = batch_norm(x, mask=mask, **options)
         if self.update_stats if update_stats is None else update_stats:
+            moments = moments_for_running(
+                moments,
+                running.mean,
+                shape=x.shape,
+                stats_axis_name=self.stats_axis_name,
+                axis_index_groups=self.axis_index_groups,
+            )
             new = update_running(
                 running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
             )

@@ -81,12 +81,11 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
     model = program(apply_fn, variables)
     tree = _trees.flatten_with_layers(variables)
     matches, left = find_pairs(_outputs(model, variables), x)
-    chosen = set(_trees.select(tree.layers, layers))
-    left = {path: reason for path, reason in left.items() if path in chosen}
+    chosen = _trees.select(tree.layers, layers)
     matches, shared = _foldable(tree, [m for m in matches if m.norm.path in chosen], variables)
-    left |= shared | {
-        p: "it does not run" for p in chosen - {m.norm.path for m in matches} - left.keys() - shared.keys()
-    }
+    folded_paths = [m.norm.path for m in matches]
+    why = {**left, **shared}
+    left = {path: why.get(path, "it does not run") for path in chosen if path not in folded_paths}
     kept, bare = (_fold_all(tree, matches, keep=keep) for keep in (True, False))
     folded = tree.build(_with(tree, kept))
     if isinstance(variables, nnx.Module):
@@ -98,7 +97,7 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
         stripped=stripped,
         apply_fn=run,
         pairs=tuple(Pair(show(m.norm.path), show(m.layer.path), m.side) for m in matches),
-        left={show(path): reason for path, reason in sorted(left.items())},
+        left={show(path): reason for path, reason in left.items()},
         difference=_difference(apply_fn(variables, x), run(stripped, x)),
     )
 

@@ -49,16 +49,20 @@ def find_pairs(model: Program, x: Any) -> tuple[list[Match], dict[Path, str]]:
     sites: list[Site] = []
 
     def mark(call: Call) -> jax.Array:
-        label = f"{len(sites)} {show(call.path)}"
+        at = len(sites)
+        label = _label(at, call.path)
         sites.append(Site(call.path, is_norm(call.module), None))
-        at = len(sites) - 1
         y = call.run(checkpoint_name(call.x, f"input of {label}"))
         sites[at] = (_norm_site if is_norm(call.module) else _linear_site)(call, y.dtype)
         return checkpoint_name(y, f"output of {label}")
 
     with handling(mark):
         flow = flow_of(jax.make_jaxpr(model.run)(model.state, x))
-    return _match(flow, {f"{i} {show(site.path)}": site for i, site in enumerate(sites)})
+    return _match(flow, {_label(i, site.path): site for i, site in enumerate(sites)})
+
+
+def _label(call: int, path: Path) -> str:
+    return f"{show(path)} (call {call})"
 
 
 def _norm_site(call: Call, dtype: Any) -> Site:

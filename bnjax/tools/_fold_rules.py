@@ -37,7 +37,7 @@ def fold_pair(match: Match, norm: Leaves, layer: Leaves, *, keep: bool) -> tuple
 def _affine(site: Site, norm: Leaves) -> tuple[jax.Array, jax.Array]:
     """a = scale/√(var + ε) and c = bias − mean·a."""
     mean, var = (norm[s].astype(jnp.promote_types(norm[s].dtype, jnp.float32)) for s in ("mean", "var"))
-    scale = norm["scale"] + site.scale_offset if "scale" in norm else 1.0 + site.scale_offset
+    scale = norm["scale"] + site.scale_offset if "scale" in norm else 1.0
     a = scale / jnp.sqrt(var + site.epsilon)
     return a, norm.get("bias", jnp.zeros_like(mean)) - mean * a
 
@@ -51,7 +51,7 @@ def _along(vector: jax.Array, rank: int, axis: int) -> jax.Array:
 
 
 def _by_input(kernel: jax.Array, vector: jax.Array, groups: int) -> jax.Array:
-    """kernel [lead..., spatial..., in/groups, out] times a vector [lead..., in], of the group that each output reads."""
+    """kernel [lead..., spatial..., in/groups, out] times a vector [lead..., in]: each output with its group of it."""
     *front, inputs, outputs = kernel.shape
     *lead, _ = vector.shape
     factors = vector.reshape(*lead, *[1] * (len(front) - len(lead)), groups, inputs).swapaxes(-1, -2)[..., None]

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -40,7 +41,7 @@ def stripped_apply(apply_fn: Callable[..., Any], matches: list[Match]) -> Callab
         y = call.run(call.x)
         if call.path not in takers or call.module.use_bias:
             return y
-        return y + jax.numpy.broadcast_to(call.module.get_variable("params", "bias").astype(y.dtype), y.shape)
+        return y + jnp.broadcast_to(call.module.get_variable("params", "bias").astype(y.dtype), y.shape)
 
     key = ("stripped", tuple(sorted((path, str(site.dtype)) for path, site in norms.items())))
 
@@ -79,5 +80,5 @@ def strip_module(model: nnx.Module, matches: list[Match], layers: Layers) -> nnx
         if hasattr(parent, "__setitem__"):
             parent[where[-1]] = identity
         else:
-            setattr(parent, where[-1], identity)
+            setattr(parent, str(where[-1]), identity)
     return model

@@ -1,0 +1,153 @@
+"""A look at every batch normalization layer: what it holds, what is wrong with it, and what to do."""
+
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bnjax.functional import Moments
+from bnjax.tools import _trees
+from bnjax.tools._inspect_flags import flags_of
+from bnjax.tools._inspect_show import as_rich, as_text, draw
+from bnjax.tools._trees import show
+
+Row = dict[str, Any]
+
+
+class Inspection(NamedTuple):
+    """One row for each layer; `pandas.DataFrame(inspection.rows)`, `print(inspection)`, or a picture of it."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        """A table in plain text, and below it what is wrong."""
+        return as_text(self.rows)
+
+    def rich(self) -> Any:
+        """The same for `rich.print`, with what is wrong in colour; needs rich."""
+        return as_rich(self.rows)
+
+    def save_png(self, file: str | File) -> None:
+        """Draws drift, scales, variances and idle channels of all layers into one picture; needs matplotlib."""
+        draw(self.rows, File(file))
+
+
+def inspect(
+    variables: Any,
+    moments: Mapping[str, Moments] | None = None,
+    *,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+    replica_axis: int | None = None,
+) -> Inspection:
+    r"""A table of the batch normalization layers, with what is wrong and what to do in words.
+
+    .. math::
+        \mathrm{mean\_drift} = \sqrt{\frac1C \sum_c \frac{(m_c - \mathrm{mean}_c)^2}{\mathrm{var}_c + \epsilon}}, \qquad
+        \mathrm{var\_drift} = \sqrt{\frac1C \sum_c \log^2 \frac{v_c + \epsilon}{\mathrm{var}_c + \epsilon}}
+
+    Args:
+      variables: a tree with statistics of any shapes: linen variables, an nnx state or an nnx module; with the
+        parameters in it the scales are looked at too.
+      moments: what the layers met, as :func:`collect_moments` gives it for a training batch (`mean`, `var` and `count`
+        of the shape of the statistics): the columns `rows`, `mean_drift` and `var_drift`.
+      epsilon: of the layers.
+      scale_offset: of the layers, as `bnjax.BatchNorm` has it.
+      replica_axis: the axis of the statistics that runs over replicas, as after `pmap`; they are compared, and the rest
+        of the row is about all of them pooled. Arrays that are replicated over devices are compared without it.
+
+    Returns:
+      `Inspection(rows)`, a dict for each layer: `layer`, `channels`, `rows` (the fewest that any channel counted),
+      `mean_drift` (in standard deviations), `var_drift` (in nepers: 0.1 is 10 %), `replica_divergence` (the largest
+      distance of a replica's mean from that of all, in standard deviations), `constant` (channels whose variance is
+      below epsilon), `dead` (channels whose scale is next to zero), `mean_over_std`, `var_min`, `var_max`,
+      `scale_min`, `scale_median`, `scale_max`, and `flags`, a list of sentences. None where nothing is known.
+
+    Raises:
+      ValueError: no statistics in the tree; `moments` of another model; `replica_axis` that is not an axis.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bnjax import tools
+      >>> stats = {"bn": {"mean": jnp.array([0.0, 3.0]), "var": jnp.array([1.0, 0.0])}}
+      >>> table = tools.inspect({"batch_stats": stats})
+      >>> table.rows[0]["constant"]
+      1
+      >>> table.rows[0]["flags"][0]
+      '1 of 2 channels are constant (variance below epsilon): their input is dead; look at the layer before.'
+
+    References:
+      Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", https://arxiv.org/abs/2105.07576.
+    """
+    tree = _trees.flatten_with_layers(variables)
+    strangers = set(moments or {}) - {show(layer) for layer in tree.layers}
+    if strangers:
+        raise ValueError(
+            f"moments has layers {sorted(strangers)} that the variables do not have; theirs are "
+            f"{[show(layer) for layer in tree.layers]}. Take both from one model."
+        )
+    rows = []
+    for layer, at in tree.layers.items():
+        leaves = {role: tree.leaves[i] for role, i in at.items()}
+        row = _row(leaves, (moments or {}).get(show(layer)), epsilon, scale_offset, replica_axis)
+        rows.append({"layer": show(layer), **row, "flags": flags_of(row)})
+    return Inspection(rows)
+
+
+def _row(
+    leaves: Mapping[str, jax.Array], moments: Moments | None, epsilon: float, offset: float, replica_axis: int | None
+) -> Row:
+    means, variances = (_replicas(leaves[role], replica_axis) for role in ("mean", "var"))
+    mean, var = means.mean(0), variances.mean(0) + means.var(0)
+    std = np.sqrt(np.maximum(var, 0) + epsilon)
+    scale = None if "scale" not in leaves else np.abs(np.asarray(leaves["scale"], np.float64) + offset)
+    row: Row = {
+        "channels": mean.size,
+        "rows": None,
+        "mean_drift": None,
+        "var_drift": None,
+        "replica_divergence": float(np.max(np.abs(means - mean) / std)) if len(means) > 1 else None,
+        "constant": int(np.sum(var < epsilon)),
+        "dead": None if scale is None else int(np.sum(scale < _DEAD)),
+        "mean_over_std": float(np.max(np.abs(mean) / std)),
+        "var_min": float(var.min()),
+        "var_max": float(var.max()),
+        "scale_min": None if scale is None else float(scale.min()),
+        "scale_median": None if scale is None else float(np.median(scale)),
+        "scale_max": None if scale is None else float(scale.max()),
+        "broken": int(np.sum(~(np.isfinite(mean) & np.isfinite(var) & (var >= 0)))),
+        "untouched": bool(np.all(mean == 0) and np.all(var == 1)),
+    }
+    return row if moments is None else row | _drift(mean, var, moments, epsilon)
+
+
+# A scale that is thousands of times smaller than its start at 1 passes nothing on; decayed ones reach 1e-6 and less.
+_DEAD = 1e-3
+
+
+def _replicas(leaf: jax.Array, axis: int | None) -> np.ndarray[Any, Any]:
+    """The values that the replicas hold, stacked; one where there are no replicas to see."""
+    if axis is not None:
+        if not -leaf.ndim <= axis < leaf.ndim or leaf.ndim < 2:
+            raise ValueError(
+                f"replica_axis={axis} must be an axis of the statistics besides the channels'; "
+                f"they have shape {leaf.shape}."
+            )
+        return np.moveaxis(np.asarray(leaf, np.float64), axis, 0)
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        return np.stack([np.asarray(shard.data, np.float64) for shard in leaf.addressable_shards])
+    return np.asarray(leaf, np.float64)[None]
+
+
+def _drift(mean: Any, var: Any, moments: Moments, epsilon: float) -> Row:
+    m, v, count = (np.asarray(s, np.float64) for s in moments)
+    if m.shape != mean.shape:
+        raise ValueError(f"moments of shape {m.shape} do not fit statistics of shape {mean.shape}.")
+    var = np.maximum(var, 0) + epsilon
+    return {
+        "rows": float(count.min()),
+        "mean_drift": float(np.sqrt(np.mean((m - mean) ** 2 / var))),
+        "var_drift": float(np.sqrt(np.mean(np.log((np.maximum(v, 0) + epsilon) / var) ** 2))),
+    }
