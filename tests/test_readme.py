@@ -1,4 +1,4 @@
-"""What the README shows runs as pasted, and CI runs the command that it gives."""
+"""What the README and the pages in docs/ show runs as pasted, and CI runs the command that it gives."""
 
 import pathlib
 import re
@@ -8,6 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_page(page):
+    """The blocks of a page run one after the other, each with what those before it made."""
+    names = {"__name__": "__main__"}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        exec(compile(block, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.split("\n", 1)[0][:40])

@@ -39,7 +39,9 @@ def test_batch_norm_gradient(case):
     # Every sum is over terms as large as |dy·xhat|, so the error is relative to their total, not to what is left of it.
     terms = np.abs(dy).sum() / max(1, np.prod(case.feature_shape)) * (1 + np.max(np.abs(want.y)))
     rounding = unit(case.dtype) if case.dtype != "float32" else 0
-    assert_close(dx, want.dx, 4 * tolerance(case) + rounding, what="dx")
+    # For a single row dx is 0, the difference of terms of this size; elsewhere it is about as large as they are.
+    size = np.max(np.abs(dy)) * np.max(scale) * np.max((want.statistics.var + 1e-5) ** -0.5)
+    assert_close(dx, want.dx, 4 * tolerance(case) + rounding, size, what="dx")
     assert_close(dscale, want.dscale, tolerance(case), terms, "dscale")
     assert_close(dbias, want.dbias, tolerance(case), terms, "dbias")
 

@@ -195,8 +195,8 @@ def _document(rows: list[dict[str, Any]]) -> str:
     return (
         "# Accuracy against float64\n\n"
         f"Made by `python -m experiments.bench.accuracy` with {made}; x of shape {SHAPE}. Largest error over all "
-        "channels: of the mean in standard deviations, of the variance relative to var + ε, of y absolute, of dx relative to its "
-        "largest value; y and dx of half-precision input include rounding to half precision where the implementation "
+        "channels: of the mean in standard deviations, of the variance relative to var + ε, of y absolute, of dx "
+        "relative to its largest value; y and dx of half-precision input include rounding to half precision where the implementation "
         'returns it. "first" is the first training step (running mean 0), "steady" has a running mean within 0.01 of '
         f"the batch's. A variance error of 1 means that nothing is left of it.\n\n{table(rows)}\n"
     )
