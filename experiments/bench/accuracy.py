@@ -190,16 +190,20 @@ def main(config: Config) -> None:
     print(f"\nwritten: {config.out / 'accuracy.jsonl'}, {config.out / 'accuracy.md'}")
 
 
+INTRODUCTION = """# Accuracy against float64
+
+Made by `python -m experiments.bench.accuracy` with {versions}; x of shape {shape}. Largest error over all channels: of the
+mean in standard deviations, of the variance relative to var + ε, of y absolute, of dx relative to its largest value; y
+and dx of half-precision input include rounding to half precision where the implementation returns it. "first" is the
+first training step (running mean 0), "steady" has a running mean within 0.01 of the batch's. A variance error of 1 means
+that nothing is left of it.
+
+"""
+
+
 def _document(rows: list[dict[str, Any]]) -> str:
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return (
-        "# Accuracy against float64\n\n"
-        f"Made by `python -m experiments.bench.accuracy` with {made}; x of shape {SHAPE}. Largest error over all "
-        "channels: of the mean in standard deviations, of the variance relative to var + ε, of y absolute, of dx "
-        "relative to its largest value; y and dx of half-precision input include rounding to half precision where the implementation "
-        'returns it. "first" is the first training step (running mean 0), "steady" has a running mean within 0.01 of '
-        f"the batch's. A variance error of 1 means that nothing is left of it.\n\n{table(rows)}\n"
-    )
+    return INTRODUCTION.format(versions=made, shape=SHAPE) + table(rows) + "\n"
 
 
 if __name__ == "__main__":
