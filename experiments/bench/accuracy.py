@@ -192,11 +192,12 @@ def main(config: Config) -> None:
 
 INTRODUCTION = """# Accuracy against float64
 
-Made by `python -m experiments.bench.accuracy` with {versions}; x of shape {shape}. Largest error over all channels: of the
-mean in standard deviations, of the variance relative to var + ε, of y absolute, of dx relative to its largest value; y
-and dx of half-precision input include rounding to half precision where the implementation returns it. "first" is the
-first training step (running mean 0), "steady" has a running mean within 0.01 of the batch's. A variance error of 1 means
-that nothing is left of it.
+Made by `python -m experiments.bench.accuracy` with {versions}; x of shape {shape}.
+
+Largest error over all channels: of the mean in standard deviations, of the variance relative to var + ε, of y absolute,
+of dx relative to its largest value; y and dx of half-precision input include rounding to half precision where the
+implementation returns it. "first" is the first training step (running mean 0), "steady" has a running mean within 0.01
+of the batch's. A variance error of 1 means that nothing is left of it.
 
 """
 
