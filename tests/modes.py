@@ -105,7 +105,8 @@ def main(port, process, out):
     """One of two processes: fills in its half of the batch, compares nothing, writes everything."""
     jax.config.update("jax_num_cpu_devices", DEVICES // 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)
+    address = f"127.0.0.1:{port}"
+    jax.distributed.initialize(address, 2, process, initialization_timeout=60, coordinator_bind_address=address)
     from jax.experimental import multihost_utils
 
     from cases import by_name  # after the devices are set

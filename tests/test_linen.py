@@ -102,7 +102,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "defaults")
 @pytest.mark.parametrize("shape", [(4, 3, 5), (1, 3, 5)])
 def test_init_makes_the_same_variables_as_flax(options, shape):
     x = jnp.linspace(-1, 1, int(np.prod(shape))).reshape(shape)

@@ -7,9 +7,13 @@ import pytest
 
 import bnjax
 import oracle
+from bnjax.functional._axes import layout_of
+from bnjax.functional._collectives import Group
+from bnjax.functional._moments import Reduction, centred_moments, start_pivot
 from cases import Case, assert_close, tolerance, unit
 
 SHAPE = (64, 14, 14, 8)
+REDUCTION = Reduction(layout_of(jnp.zeros((256, 4)), -1), Group(), 1e-8)
 RATIOS = [0.0, 1.0, 3.0, 10.0, 1e2, 1e3, 1e4, 1e5]
 
 
@@ -59,6 +63,28 @@ def test_at_any_scale(std, ratio):
     assert_close(moments.var, want.statistics.var, 1e-5, what="var")
     assert_close(y, want.y, 1e-5, what="y")
     assert_close(bnjax.batch_moments(x).var, want.statistics.var, 1e-5, what="var")
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 10.0, 1e3, 1e5])
+def test_the_cold_start_ends(ratio, momentum):
+    """When the docstring of linen.BatchNorm says: from then on the first sums, about the running mean, are the last."""
+    x = (np.random.default_rng(0).normal(size=(256, 4)) + ratio).astype(np.float32)
+    norm = bnjax.BatchNorm(use_running_average=False, momentum=momentum, use_scale=False, use_bias=False)
+
+    def step(stats, _):
+        running = bnjax.RunningStats(stats["mean"], stats["var"])
+        about = centred_moments(REDUCTION, x, None, start_pivot(x, running.pivot, REDUCTION.layout))
+        again = jnp.any(about.pivot != start_pivot(x, running.pivot, REDUCTION.layout))
+        return norm.apply({"batch_stats": stats}, x, mutable=["batch_stats"])[1]["batch_stats"], again
+
+    start = dict(mean=jnp.zeros(4), var=jnp.ones(4))
+    _, again = jax.lax.scan(step, start, length=2000)
+    last = int(np.max(np.flatnonzero(again), initial=-1)) + 1
+    predicted = max(0.0, np.log(ratio / 4) / np.log(1 / momentum)) if ratio else 0.0
+    assert last <= 1.1 * predicted + 3, (last, predicted)
+    if ratio < 3:
+        assert last == 0
 
 
 CONSTANTS = [0.0, 1e-3, 0.1, 1.0, 3.3, -777.7, 99840.0, 1e5, 1e6, -7.77e6, 3e7]

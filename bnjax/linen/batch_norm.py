@@ -26,6 +26,11 @@ class BatchNorm(nn.Module):
     averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are Flax's: `params/{scale, bias}`,
     `batch_stats/{mean, var}`, each of the feature shape; checkpoints of either load in the other.
 
+    The running mean is the pivot of the sums, so that in a steady state training reads x once for its statistics and
+    makes one all-reduce forward and one backward, whatever the data. A batch more than 4 standard deviations from it
+    costs one more of each. At mean/std = r that ends after about ln(r/4) / ln(1/momentum) steps: 9 at r = 10 and
+    momentum 0.9, 92 at momentum 0.99, 550 at r = 1000; never begun where r < 4, as behind most convolutions.
+
     Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
     call updates the running ones, and an Optax mask whether scale and bias train.
 
