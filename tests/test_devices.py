@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import modes
 import oracle
@@ -37,6 +40,24 @@ def _check(case, got):
 def test_conformance(mode, case):
     x, scale, bias, dy, mask = case.arrays()
     _check(case, modes.flat(modes.MODES[mode](x, scale, bias, dy, mask, modes.start(scale.shape))))
+
+
+MESH = {t: jax.make_mesh((4, 2), ("data", "model"), axis_types=(t, t)) for t in (AxisType.Auto, AxisType.Explicit)}
+
+
+@pytest.mark.parametrize("case", ["plain_shards", "uneven_shards", "nan_in_padding"])
+@pytest.mark.parametrize(
+    "spec", [P("data"), P("data", None, "model"), P(("data", "model")), P(None, None, "model")], ids=str
+)
+@pytest.mark.parametrize("axis_type", MESH)
+def test_plain_jit_over_any_sharding(axis_type, spec, case):
+    """Rows, channels or both cut, with XLA's automatic axes and with explicit ones (the default of jax 0.12)."""
+    case = by_name(case)
+    x, scale, bias, dy, mask = case.arrays()
+    with jax.set_mesh(MESH[axis_type]):
+        x, dy = (jax.device_put(a, NamedSharding(MESH[axis_type], spec)) for a in (x, dy))
+        out = jax.jit(modes.step)(x, scale, bias, dy, mask, modes.start(scale.shape))
+    _check(case, modes.flat(out))
 
 
 def free_port():

@@ -113,6 +113,14 @@ def vary_like(vector: jax.Array, x: jax.Array) -> jax.Array:
     return lax.pcast(vector, missing, to="varying") if missing else vector
 
 
+def match(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """`vector` in the type of `like`, of the same shape: the mesh axes it varies over, or (Explicit) is cut over."""
+    sharding = jax.typeof(like).sharding
+    if jax.typeof(vector).sharding.spec != sharding.spec:
+        vector = jax.sharding.reshard(vector, sharding)
+    return vary_like(vector, like)
+
+
 def vary_together(vectors: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
     """The same for several vectors of one shape and type, in one cast.
 

@@ -173,7 +173,7 @@ def _pooled_sums(
     layout, group, _ = reduction
     sums = [S.reshape(layout.shape) for S in kernel(x, weights, *map(layout.expand, vectors))]
     if W is None and weights is not None:
-        sums = [_kernels.weight_sum(x, weights, layout, sums[0].dtype), *sums]
+        sums = [_collectives.match(_kernels.weight_sum(x, weights, layout, sums[0].dtype), sums[0]), *sums]
         return list(_collectives.pool(jnp.stack(sums), group))
     pooled = _collectives.pool(jnp.stack(sums), group)
     if W is None:
@@ -187,7 +187,7 @@ def _centred(K: jax.Array, unit: jax.Array, W: jax.Array, S1: jax.Array, S2: jax
     n = jnp.where(W > 0, W, 1)
     scaled_rest = S1 / n
     var = jnp.maximum(S2 / n - scaled_rest**2, 0)
-    K, unit = _collectives.vary_like(K, S1), _collectives.vary_like(unit, S1)
+    K, unit = _collectives.match(K, S1), _collectives.match(unit, S1)
     return Centred(K, scaled_rest / unit, var, unit, W)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.functional import _axes
+from bnjax.functional import _axes, _collectives
 from bnjax.functional._moments import Moments
 
 # A running mean within 2 standard deviations of zero saves nothing as a pivot (the guard of batch_moments acts at 4),
@@ -99,7 +99,7 @@ def update_running(
     shapes = [jnp.shape(a) for a in (*running, *moments) if a is not None]
     if len(set(shapes)) != 1:
         raise ValueError(f"running statistics and moments must have one feature shape; got {shapes}.")
-    mean, var, n = map(lax.stop_gradient, moments)
+    mean, var, n = (_collectives.match(lax.stop_gradient(m), running.mean) for m in moments)  # state keeps its type
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
