@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.functional import _axes, _collectives, _kernels
+from bnjax.functional._finish import Activation, as_residual, finish, in_place_of
 from bnjax.functional._moments import Centred, Moments, Reduction, centred_moments, moments_tangent, start_pivot
 
 # A variance below this part of epsilon changes nothing in y, so the guard need not sum again for it: a channel that is
@@ -28,6 +29,8 @@ def batch_norm(
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises x by the mean and variance of its own batch, pooled over devices.
 
@@ -46,11 +49,14 @@ def batch_norm(
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part in
         the moments; their own output is the normalised value, and NaN or Inf there is read as the mean.
-      pivot: `[C]`, a guess of the mean, equal on all devices; it changes the rounding, not the value.
+      pivot: `[C]`, a guess of the mean; it changes the rounding and the time, not the value. See `batch_moments`.
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
         plain `jit`, where a sharded array is pooled over all its shards anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       dtype: of y; by default the promotion of x, scale and bias, as in Flax.
+      activation: a function of the output, such as `jax.nn.relu`; a hashable one, and the same object every time.
+      residual: of the shape of x, added before the activation: act(y + residual). The value, dtype and derivative are
+        those of the separate operations; the derivative keeps x and the residual, and neither y nor the sum.
 
     Returns:
       y, of the shape of x, and `Moments(mean, var, count)`, each `[C]` and float32 at least; both differentiable in x,
@@ -83,23 +89,36 @@ def batch_norm(
         _axes.as_optional(name, v, layout) for name, v in (("scale", scale), ("bias", bias), ("pivot", pivot))
     )
     epsilon = _axes.check_epsilon(epsilon)
+    residual = as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
-    return _batch_norm(Reduction(layout, group, _FLOOR * epsilon), epsilon, dtype, x, scale, bias, mask, pivot)
+    reduction = Reduction(layout, group, _FLOOR * epsilon)
+    return _batch_norm(reduction, epsilon, dtype, activation, x, scale, bias, mask, pivot, residual)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _batch_norm(
     reduction: Reduction,
     epsilon: float,
     dtype: np.dtype,
+    activation: Activation,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None,
     pivot: jax.Array | None,
+    residual: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
     y, s = _standardise(reduction, epsilon, x, scale, bias, mask, start_pivot(x, pivot, reduction.layout))
-    return y.astype(dtype), s.moments()
+    if activation is None:  # a sum keeps nothing for its derivative
+        return finish(y.astype(dtype), residual, None), s.moments()
+
+    @_kernels.recompute
+    def finished(y: jax.Array, x: jax.Array, vectors: Any, residual: jax.Array | None) -> jax.Array:
+        y = in_place_of(y, _affine(reduction, x, mask, *vectors))
+        return finish(y.astype(dtype), residual, activation)
+
+    vectors = s, _coefficients(epsilon, x, mask, s, scale, bias)
+    return finished(y, x, vectors, residual), s.moments()
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -113,10 +132,16 @@ def _standardise(
     K: jax.Array,
 ) -> tuple[jax.Array, Centred]:
     """y = (x − K)·a + c with a = scale·rstd and c = bias − e·a, in the dtype of the statistics."""
-    expand = reduction.layout.expand
     s = centred_moments(reduction, x, mask, K)
-    a, c, *mean = map(expand, _coefficients(epsilon, x, mask, s, scale, bias))
-    return _kernels.affine(_readable(x, mask, *mean), expand(s.pivot), a, c), s
+    return _affine(reduction, x, mask, s, _coefficients(epsilon, x, mask, s, scale, bias)), s
+
+
+def _affine(
+    reduction: Reduction, x: jax.Array, mask: jax.Array | None, s: Centred, vectors: tuple[jax.Array, ...]
+) -> jax.Array:
+    """y from the coefficients of the next function."""
+    a, c, *mean = map(reduction.layout.expand, vectors)
+    return _kernels.affine(_readable(x, mask, *mean), reduction.layout.expand(s.pivot), a, c)
 
 
 def _coefficients(

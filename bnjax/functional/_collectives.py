@@ -107,6 +107,15 @@ def varying(x: jax.Array) -> frozenset[str]:
     return frozenset(jax.typeof(x).mat.varying)
 
 
+def is_shared(vector: jax.Array, x: jax.Array, group: Group) -> bool:
+    """Whether the type of `vector` says that all devices of the group hold the same, as that of x says it does not.
+
+    Only shard_map(check_vma=True) has such types. Elsewhere (pmap, vmap) equal values are a habit, not a fact: replicas
+    of running averages that have drifted apart would each subtract another pivot.
+    """
+    return set(group.names) <= varying(x) - varying(vector)
+
+
 def vary_like(vector: jax.Array, x: jax.Array) -> jax.Array:
     """`vector`, typed as varying over every mesh axis that x varies over."""
     missing = tuple(sorted(varying(x) - varying(vector)))

@@ -64,16 +64,14 @@ def pool_moments(
     *,
     axis_name: _collectives.AxisName,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
-    pivot: jax.Array | None = None,
     copies: int = 1,
 ) -> Moments:
-    r"""The moments of all the rows of all devices, from those that each device has of its own; one all-reduce.
+    r"""The moments of all the rows of all devices, from those that each device has of its own; two all-reduces.
 
-    What :func:`merge_moments` gives for the devices' moments, by sums about a pivot K that they share:
+    What :func:`merge_moments` gives for the devices' moments:
 
     .. math::
-        n = \sum n_i, \qquad e = \frac1n \sum n_i (m_i - K), \qquad
-        v = \frac1n \sum n_i \bigl(v_i + (m_i - K)^2\bigr) - e^2
+        n = \sum n_i, \qquad m = \frac1n \sum n_i m_i, \qquad v = \frac1n \sum n_i \bigl(v_i + (m_i - m)^2\bigr)
 
     For running averages of all the data where each group of devices normalises by its own: normalise with the moments
     of the group, update with those of everybody.
@@ -82,7 +80,6 @@ def pool_moments(
       moments: `Moments` of this device's rows, each `[C]`. With count 0 they contribute nothing, NaN or not.
       axis_name: name, or names, of the mapped axes to pool over.
       axis_index_groups: groups of indices along `axis_name`, of one size.
-      pivot: `[C]`, equal on all devices, near the means; the running mean is the usual one.
       copies: how many of the devices hold the same moments: the size of the groups that they were pooled over already.
 
     Returns:
@@ -105,13 +102,12 @@ def pool_moments(
     """
     group = _collectives.group_of(axis_name, axis_index_groups, jnp.shape(moments.mean))
     mean, var, n = map(jnp.asarray, moments)
-    K = jnp.zeros_like(mean) if pivot is None else jax.lax.stop_gradient(pivot).astype(mean.dtype)
-    shift = jnp.where(n > 0, mean - K, 0)
-    sums = jnp.stack([n, n * shift, n * (jnp.where(n > 0, var, 0) + shift**2)])
-    count, S1, S2 = _collectives.pool(sums, group) / copies
+    mean, var = jnp.where(n > 0, mean, 0), jnp.where(n > 0, var, 0)
+    count, total = _collectives.pool(jnp.stack([n, n * mean]), group)
     whole = jnp.where(count > 0, count, 1)
-    rest = S1 / whole
-    return Moments(K + rest, jnp.maximum(S2 / whole - rest**2, 0), count)
+    pooled = total / whole
+    spread = _collectives.pool(n * (var + (mean - pooled) ** 2), group)
+    return Moments(pooled, spread / whole, count / copies)
 
 
 def moments_for_running(
@@ -136,4 +132,4 @@ def moments_for_running(
         _collectives.warn_if_local(running, moments.mean, shape)
         return moments
     copies = 1 if axis_index_groups is None else len(axis_index_groups[0])
-    return pool_moments(moments, axis_name=stats_axis_name, pivot=running, copies=copies)
+    return pool_moments(moments, axis_name=stats_axis_name, copies=copies)

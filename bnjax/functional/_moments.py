@@ -85,8 +85,9 @@ def batch_moments(
       axis: the feature axis or axes; all others are reduced over.
       mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part,
         even where they hold NaN or Inf.
-      pivot: `[C]`, a guess of the mean, equal on all devices; the running mean is the usual one. It changes the
-        rounding, not the value.
+      pivot: `[C]`, a guess of the mean; the running mean is the usual one. It changes the rounding and the time, not
+        the value. Unless its type says that all devices hold the same, zero is taken: it counts under plain jit and in
+        shard_map(check_vma=True), not in pmap, vmap and check_vma=False.
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) whose rows are pooled. None under
         plain `jit`, where a sharded array is pooled over all its shards anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that pool among themselves.
@@ -145,6 +146,8 @@ def _coarse(K: jax.Array) -> jax.Array:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def centred_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None, K: jax.Array) -> Centred:
     """The moments of x: about K where that is near enough to the mean, else about the mean itself."""
+    if not _collectives.is_shared(K, x, reduction.group):
+        K = jnp.zeros_like(K)  # sums about different pivots do not add up
     W, S1, S2 = _pooled_sums(reduction, x, weights, _kernels.row_sums, K)
     first = _centred(K, jnp.ones_like(K), W, S1, S2)
     accurate = first.rest**2 <= _GUARD * (first.scaled_var + reduction.floor)

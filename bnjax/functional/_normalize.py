@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from bnjax.functional import _axes, _kernels
+from bnjax.functional._finish import Activation, as_residual, finish
 
 
 def normalize(
@@ -21,6 +22,8 @@ def normalize(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
     dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     r"""Normalises x by the mean and variance that are given.
 
@@ -35,6 +38,8 @@ def normalize(
       axis: the feature axis or axes.
       epsilon: added to the variance; positive.
       dtype: of y; by default the promotion of x, scale and bias, as in Flax.
+      activation: a function of the output, such as `jax.nn.relu`; a hashable one, and the same object every time.
+      residual: of the shape of x, added before the activation: act(y + residual), as the separate operations.
 
     Returns:
       y, of the shape of x; differentiable in every array.
@@ -56,23 +61,32 @@ def normalize(
     mean, var = _axes.as_vector("mean", mean, layout), _axes.as_vector("var", var, layout)
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     epsilon = _axes.check_epsilon(epsilon)
-    return _normalize(layout, epsilon, _axes.output_dtype(dtype, x, scale, bias), x, mean, var, scale, bias)
+    residual = as_residual(residual, x)
+    dtype = _axes.output_dtype(dtype, x, scale, bias)
+    return _normalize(layout, epsilon, dtype, activation, x, mean, var, scale, bias, residual)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _normalize(
     layout: _axes.Layout,
     epsilon: float,
     dtype: np.dtype,
+    activation: Activation,
     x: jax.Array,
     mean: jax.Array,
     var: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    residual: jax.Array | None,
 ) -> jax.Array:
     compute = _axes.statistics_dtype(x, mean, var)
     mean, var = mean.astype(compute), var.astype(compute)
     a = lax.rsqrt(var + epsilon)
     a = a if scale is None else a * scale
     c = jnp.zeros_like(a) if bias is None else bias.astype(a.dtype)
-    return _kernels.recompute(_kernels.affine)(x, *map(layout.expand, (mean, a, c))).astype(dtype)
+
+    @_kernels.recompute
+    def finished(x: jax.Array, residual: jax.Array | None, *vectors: jax.Array) -> jax.Array:
+        return finish(_kernels.affine(x, *vectors).astype(dtype), residual, activation)
+
+    return finished(x, residual, *map(layout.expand, (mean, a, c)))

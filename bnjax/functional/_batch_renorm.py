@@ -1,0 +1,173 @@
+"""Batch renormalization: normalised by the batch, then moved to where the running averages would have put it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax.functional import _axes, _collectives
+from bnjax.functional._batch_norm import _FLOOR as FLOOR
+from bnjax.functional._batch_norm import batch_norm
+from bnjax.functional._finish import Activation, as_residual
+from bnjax.functional._moments import Centred, Moments, Reduction, centred_moments, start_pivot
+from bnjax.functional._running import RunningStats
+
+Limit = jax.Array | float | Callable[[jax.Array], jax.Array]  # a number, or a function from the step to it
+
+
+def renorm_r_max(step: jax.Array) -> jax.Array:
+    """The paper's limit of r: 1 for 5000 steps, then linear to 3 at step 40 000."""
+    return jnp.interp(step, jnp.array([5e3, 40e3]), jnp.array([1.0, 3.0]))
+
+
+def renorm_d_max(step: jax.Array) -> jax.Array:
+    """The paper's limit of d: 0 for 5000 steps, then linear to 5 at step 25 000."""
+    return jnp.interp(step, jnp.array([5e3, 25e3]), jnp.array([0.0, 5.0]))
+
+
+def limit_at(limit: Limit, steps: jax.Array | None) -> jax.Array | float:
+    """The limit at each channel's step; at step 0 where nobody counts."""
+    if not callable(limit):
+        return limit
+    if steps is None:
+        return limit(jnp.zeros(()))
+    return jnp.reshape(jax.vmap(limit)(jnp.ravel(steps)), steps.shape)  # a schedule is written for a scalar step
+
+
+def batch_renorm(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    r_max: jax.Array | float = 3.0,
+    d_max: jax.Array | float = 5.0,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: _collectives.AxisName = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalises x by its own batch, corrected towards the running averages: training as evaluation will be.
+
+    .. math::
+        y = \Bigl(\frac{x - \mathrm{mean}_B}{\sigma_B} \cdot r + d\Bigr) \cdot \mathrm{scale} + \mathrm{bias}, \qquad
+        r = \mathrm{clip}\Bigl(\frac{\sigma_B}{\sigma}, \frac1{r_{max}}, r_{max}\Bigr), \quad
+        d = \mathrm{clip}\Bigl(\frac{\mathrm{mean}_B - \mathrm{mean}}{\sigma}, -d_{max}, d_{max}\Bigr)
+
+    with :math:`\sigma^2 = \mathrm{var} + \epsilon` and the moments of the batch B as in :func:`bnjax.batch_norm`. r and
+    d are constants to the derivative. Unclipped, y is exactly that of :func:`bnjax.normalize`; with r_max = 1 and
+    d_max = 0 that of `batch_norm`. For small batches, and for batches whose rows are not independent.
+
+    Args:
+      x: `[..., C]`, any real dtype.
+      mean: `[C]`, the running mean before this batch.
+      var: `[C]`, the running variance before this batch.
+      scale: `[C]`, or None for 1.
+      bias: `[C]`, or None for 0.
+      r_max: limit of r and 1/r, at least 1: a number or `[C]`; by step :func:`bnjax.functional.renorm_r_max`.
+      d_max: limit of \|d\|, at least 0: a number or `[C]`; by step :func:`bnjax.functional.renorm_d_max`.
+      axis: the feature axis or axes; all others are reduced over.
+      epsilon: added to the variance; positive.
+      mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
+      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics.
+      axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
+      dtype: of y; by default the promotion of x, scale and bias.
+      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
+
+    Returns:
+      y, of the shape of x, and the `Moments` of the batch, each `[C]`, for the running averages.
+
+    Raises:
+      ValueError: r_max below 1 or d_max below 0; else as :func:`bnjax.batch_norm`.
+      TypeError: as :func:`bnjax.batch_norm`.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> x, mean, var = jnp.array([[2.0], [6.0]]), jnp.array([0.0]), jnp.array([4.0])
+      >>> y, _ = bnjax.batch_renorm(x, mean, var)
+      >>> print(jnp.round(y, 3).ravel(), jnp.round(bnjax.normalize(x, mean, var), 3).ravel())
+      [1. 3.] [1. 3.]
+      >>> y, _ = bnjax.batch_renorm(x, mean, var, r_max=1.0, d_max=0.0)
+      >>> print(jnp.round(y, 3).ravel())
+      [-1.  1.]
+
+    References:
+      Ioffe 2017, https://arxiv.org/abs/1702.03275, algorithm 1; the limits by step are those of section 4.
+
+    Differences: the paper (and TensorFlow) averages the standard deviation. Here it is the root of the averaged
+    variance, so that variables, checkpoints and evaluation are those of batch normalization.
+    """
+    x = _axes.as_input(x)
+    layout = _axes.layout_of(x, axis)
+    _check_limits(r_max, d_max)
+    group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
+    reduction = Reduction(layout, group, FLOOR * _axes.check_epsilon(epsilon))
+    running = RunningStats(_axes.as_vector("mean", mean, layout), _axes.as_vector("var", var, layout))
+    scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
+    dtype = _axes.output_dtype(dtype, x, scale, bias)
+    arrays = dict(x=x, mask=_axes.as_mask(mask, x), residual=as_residual(residual, x))
+    return _batch_renorm(reduction, float(epsilon), dtype, activation, arrays, running, scale, bias, r_max, d_max)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _batch_renorm(
+    reduction: Reduction,
+    epsilon: float,
+    dtype: np.dtype,
+    activation: Activation,
+    arrays: dict[str, Any],
+    running: RunningStats,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    r_max: jax.Array | float,
+    d_max: jax.Array | float,
+) -> tuple[jax.Array, Moments]:
+    """Moments, r and d, and batch normalization by scale·r and bias + scale·d.
+
+    The moments are the very computation that `batch_norm` begins with, reduction, mask, pivot and all, so that XLA
+    finds one where two are written: the reads of x and the all-reduces are those of batch normalization.
+    """
+    layout, group, _ = reduction
+    x, pivot = lax.stop_gradient(arrays["x"]), running.pivot
+    weights = _axes.as_mask(arrays["mask"], x)
+    batch = centred_moments(reduction, x, weights, start_pivot(x, pivot, layout))
+    r, d = lax.stop_gradient(_corrections(batch, running, epsilon, r_max, d_max))
+    shift = d if scale is None else d * scale
+    return batch_norm(
+        scale=r if scale is None else r * scale,
+        bias=shift if bias is None else shift + bias,
+        pivot=pivot,
+        axis=layout.features,
+        epsilon=epsilon,
+        axis_name=group.names,
+        axis_index_groups=group.index_groups,
+        dtype=dtype,
+        activation=activation,
+        **arrays,
+    )
+
+
+def _corrections(
+    batch: Centred, running: RunningStats, epsilon: float, r_max: jax.Array | float, d_max: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """r and d, clipped. Neither overflows where the batch's variance does: σ_B is taken as 1/rstd."""
+    sigma = jnp.sqrt(running.var + epsilon)
+    r = 1 / (batch.rstd(epsilon) * sigma)
+    d = ((batch.pivot - running.mean) + batch.rest) / sigma
+    return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
+
+
+def _check_limits(r_max: jax.Array | float, d_max: jax.Array | float) -> None:
+    """Raises ValueError where a limit that is known leaves no room (traced ones are trusted)."""
+    for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not isinstance(limit, jax.core.Tracer) and not np.all(np.asarray(limit) >= least):
+            raise ValueError(f"{name} must be at least {least}, where it allows no correction; got {limit}.")

@@ -1,0 +1,59 @@
+"""Batch normalization as a constant: for detection and fine-tuning on few images."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+
+from bnjax.functional._finish import Activation
+from bnjax.functional._normalize import normalize
+
+
+def frozen_batch_norm(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    r"""Normalises x by given statistics, scale and bias, all of them constants to the derivative.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
+
+    Args:
+      x: `[..., C]`, any real dtype.
+      mean, var: `[C]`, the running averages of the pre-trained network.
+      scale: `[C]`, or None for 1.
+      bias: `[C]`, or None for 0.
+      axis: the feature axis or axes.
+      epsilon: added to the variance; positive.
+      dtype: of y; by default the promotion of x, scale and bias.
+      activation, residual: y = act(y + residual); see :func:`bnjax.normalize`.
+
+    Returns:
+      y, of the shape of x; its derivative is that of x (and of the residual) alone.
+
+    Raises:
+      ValueError, TypeError: as :func:`bnjax.normalize`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> x, one = jnp.array([[1.0], [3.0]]), jnp.ones(1)
+      >>> f = lambda x, scale: bnjax.frozen_batch_norm(x, one, 3 * one, scale, epsilon=1.0).sum()
+      >>> dx, dscale = jax.grad(f, (0, 1))(x, one)
+      >>> print(dx.ravel(), dscale)
+      [0.5 0.5] [0.]
+
+    References:
+      He, Zhang, Ren & Sun 2016, https://arxiv.org/abs/1512.03385, appendix A: "the BN layers are fixed".
+    """
+    mean, var, scale, bias = lax.stop_gradient((mean, var, scale, bias))
+    return normalize(
+        x, mean, var, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype, activation=activation, residual=residual
+    )

@@ -1,0 +1,139 @@
+"""Power normalization: a running quadratic mean forward, a running gradient statistic backward."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax.functional import _axes, _collectives
+from bnjax.functional._finish import Activation, as_residual
+from bnjax.functional._moments import Moments, Reduction
+from bnjax.functional._second_moment import Operands, Scaling, estimated
+
+
+def power_norm(
+    x: jax.Array,
+    var: jax.Array,
+    projection: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    gradient_momentum: float = 0.9,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: _collectives.AxisName = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalises x by the running quadratic mean of the batches before: training as evaluation, without a mean.
+
+    .. math::
+        \hat x = \frac{x}{\sqrt{\psi^2 + \epsilon}}, \qquad y = \hat x \cdot \mathrm{scale} + \mathrm{bias}
+
+    with :math:`\psi^2` = `var`. The derivative of :math:`\psi` is replaced by an average over steps, `projection`
+    :math:`= \nu`:
+
+    .. math::
+        dx = \frac{d\hat x - \nu \hat x}{\sqrt{\psi^2 + \epsilon}}, \qquad
+        \nu' = \nu \cdot (1 - (1 - \alpha)\Gamma) + (1 - \alpha)\Lambda, \qquad
+        \Gamma = \tfrac1W \sum w\hat x^2, \quad \Lambda = \tfrac1W \sum d\hat x\, \hat x
+
+    :math:`\nu'` is known in the backward pass only: the gradient with respect to `projection` IS its new value. So
+    differentiate in it, keep it from the optimizer, and put the gradient in its place; call the layer once per
+    gradient, for gradients of two calls would be added. Without `projection` (or as long as it is zero) x̂ is
+    differentiated with ψ constant, in both modes and to any order; with it, in reverse mode only.
+
+    Args:
+      x: `[..., C]`, any real dtype.
+      var: `[C]`, the running quadratic mean before this batch; starts at 1.
+      projection: `[C]`, the running ν; starts at 0. Or None.
+      scale: `[C]`, or None for 1.
+      bias: `[C]`, or None for 0.
+      gradient_momentum: α, the weight of the old ν, in [0, 1].
+      axis: the feature axis or axes; all others are reduced over.
+      epsilon: added to the quadratic mean; positive.
+      mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
+      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics.
+      axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
+      dtype: of y; by default the promotion of x, scale and bias.
+      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
+
+    Returns:
+      y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean 0, and var its quadratic mean;
+      :func:`bnjax.update_running` with momentum 0.9 makes the next `var` of them.
+
+    Raises:
+      ValueError: gradient_momentum outside [0, 1]; else as :func:`bnjax.batch_norm`.
+      TypeError: as :func:`bnjax.batch_norm`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> x, var, projection = jnp.array([[2.0], [4.0]]), jnp.array([4.0]), jnp.array([0.5])
+      >>> y, moments = bnjax.power_norm(x, var, projection)
+      >>> print(jnp.round(y, 3).ravel(), moments.var)
+      [1. 2.] [10.]
+      >>> loss = lambda x, projection: bnjax.power_norm(x, var, projection)[0].sum()
+      >>> dx, projection = jax.grad(loss, (0, 1))(x, projection)
+      >>> print(jnp.round(dx, 3).ravel(), jnp.round(projection, 3))
+      [0.25 0.  ] [0.525]
+
+    References:
+      Shen, Yao, Gholami, Mahoney & Keutzer 2020, https://arxiv.org/abs/2003.07845, algorithm 2.
+
+    Differences: the authors' program first divides each position by its quadratic mean over the channels, starts with
+    thousands of steps by the batch's own ψ, and divides dx by the batch's ψ; algorithm 2 and this function do not.
+    """
+    x = _axes.as_input(x)
+    layout = _axes.layout_of(x, axis)
+    _axes.check_momentum(gradient_momentum)
+    group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
+    scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
+    static = (
+        Reduction(layout, group, 0.0),
+        _axes.check_epsilon(epsilon),
+        _axes.output_dtype(dtype, x, scale, bias),
+        activation,
+        _RunningProjection(float(gradient_momentum)),
+    )
+    arrays = (x, _axes.as_mask(mask, x), scale, bias)
+    projection = _axes.as_optional("projection", projection, layout)
+    return _power_norm(static, arrays, _axes.as_vector("var", var, layout), projection, as_residual(residual, x))
+
+
+class _RunningProjection(NamedTuple):
+    """ν' = ν(1 − (1 − α)Γ) + (1 − α)Λ, with Γ = rstd²·E[x²]; the backward pass uses ν."""
+
+    momentum: float
+
+    def __call__(self, state: jax.Array, projection: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array]:
+        new = 1 - self.momentum
+        gamma = scaling.rstd**2 * scaling.square
+        return state, state * (1 - new * gamma) + new * projection
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _power_norm(
+    static: tuple[Reduction, float, jnp.dtype, Activation, _RunningProjection],
+    arrays: tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None],
+    var: jax.Array,
+    projection: jax.Array | None,
+    residual: jax.Array | None,
+) -> tuple[jax.Array, Moments]:
+    reduction, epsilon, dtype, activation, rule = static
+    operands = Operands(reduction, epsilon, dtype, *arrays)
+    moments = lax.stop_gradient(operands.moments)
+    rstd = lax.rsqrt(operands.vector("var", var) + epsilon)
+    if projection is None:
+        return operands.apply(rstd, activation, residual), moments
+
+    def through(x: jax.Array, scaling: Scaling, state: jax.Array) -> jax.Array:
+        return estimated(rule, reduction, x, operands.mask, scaling, state)
+
+    scaling = Scaling(rstd, moments.var, moments.count)
+    return operands.apply(rstd, activation, residual, through, scaling, projection), moments

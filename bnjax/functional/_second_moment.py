@@ -1,0 +1,126 @@
+"""Normalization by E[x²] alone, with a backward pass whose statistics are averaged over steps.
+
+The derivative of xhat = x/χ with χ² = E[x²] is dx = (dxhat − xhat·Λ)/χ, with the statistic Λ = Σ dxhat·xhat / W of the
+batch's own gradient. Power normalization and MABN put an average over recent steps in its place:
+
+    dx = (dxhat − xhat·Λ')/χ.
+
+That is no transpose of a derivative: Λ' comes from other steps, so dx is not linear in dxhat but affine (with dxhat = 0
+there is still −xhat·Λ'/χ). Hence the one `custom_vjp` of this library; all around it is ordinary code. The averages
+live in a state that only the backward pass can update, and it hands out the new state as the "gradient" of the old.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax.functional import _axes, _collectives, _kernels
+from bnjax.functional._finish import Activation, finish
+from bnjax.functional._moments import Moments, Reduction, _pooled_sums, start_pivot
+
+# (state, Λ of this batch, Scaling) -> Λ', new state
+Rule = Callable[[Any, jax.Array, "Scaling"], tuple[jax.Array, Any]]
+
+
+class Scaling(NamedTuple):
+    """How x is scaled, and what of the batch the backward pass wants to know; constants of the derivative."""
+
+    rstd: jax.Array  # [C], 1/χ
+    square: jax.Array  # [C], E[x²] of this batch
+    count: jax.Array  # type: ignore[assignment]  # [C], W
+
+
+class Operands(NamedTuple):
+    """The arguments that every variant of this kind has, checked."""
+
+    reduction: Reduction
+    epsilon: float
+    dtype: np.dtype
+    x: jax.Array
+    mask: jax.Array | None
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+    @property
+    def readable(self) -> jax.Array:
+        """x, with NaN and Inf at positions of weight zero read as 0."""
+        return self.x if self.mask is None else jnp.where((self.mask > 0) | jnp.isfinite(self.x), self.x, 0)
+
+    @property
+    def moments(self) -> Moments:
+        """Moments about zero: mean 0 and var = Σwx²/W, pooled over devices. No cancellation, so no guard."""
+        layout = self.reduction.layout
+        zero = start_pivot(self.x, None, layout)
+        W, _, S2 = _pooled_sums(self.reduction, self.x, self.mask, _kernels.row_sums, zero)
+        return Moments(jnp.zeros_like(S2), S2 / jnp.where(W > 0, W, 1), W)
+
+    def vector(self, name: str, v: jax.Array) -> jax.Array:
+        """A running statistic: `[C]`, constant."""
+        v = lax.stop_gradient(_axes.as_vector(name, v, self.reduction.layout))
+        return v.astype(_axes.statistics_dtype(self.x, v))
+
+    def apply(
+        self,
+        factor: jax.Array,
+        activation: Activation,
+        residual: jax.Array | None,
+        through: Callable[..., jax.Array] | None = None,
+        *state: Any,
+    ) -> jax.Array:
+        """y = act(x·factor·scale + bias + residual); `through` may change what flows back to x."""
+        a = factor if self.scale is None else factor * self.scale
+        c = jnp.zeros_like(a) if self.bias is None else self.bias.astype(a.dtype)
+        a, c = map(self.reduction.layout.expand, _collectives.vary_together((a, c), self.x))
+
+        @_kernels.recompute
+        def finished(x: jax.Array, a: jax.Array, c: jax.Array, residual: jax.Array | None, *state: Any) -> jax.Array:
+            x = x.astype(a.dtype) if through is None else through(x, *state)
+            return finish(_kernels.affine(x, jnp.zeros_like(a), a, c).astype(self.dtype), residual, activation)
+
+        return finished(self.readable, a, c, residual, *state)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def estimated(
+    rule: Rule, reduction: Reduction, x: jax.Array, mask: jax.Array | None, scaling: Scaling, state: Any
+) -> jax.Array:
+    """x in the dtype of the statistics; backwards the term with Λ' is taken off, and `state` gets the new state.
+
+    With dx̃ the gradient that arrives here, that of x̃ = x in y = x̃·rstd·scale + bias, everything is free of scale:
+    Λ = Σ dxhat·xhat/W = Σ dx̃·x/W and dx = dx̃ − w·x·rstd²·Λ'.
+    """
+    return x.astype(scaling.rstd.dtype)
+
+
+def _estimated_fwd(
+    rule: Rule, reduction: Reduction, x: jax.Array, mask: jax.Array | None, scaling: Scaling, state: Any
+) -> tuple[jax.Array, Any]:
+    return estimated(rule, reduction, x, mask, scaling, state), (x, mask, scaling, state)
+
+
+def _estimated_bwd(rule: Rule, reduction: Reduction, kept: Any, dx: jax.Array) -> tuple[Any, ...]:
+    x, mask, scaling, state = kept
+    layout, W = reduction.layout, scaling.count
+    _, total = _kernels.tangent_sums(x, None, layout.expand(jnp.zeros_like(scaling.rstd)), dx)
+    projection = _collectives.pool(total.reshape(layout.shape), reduction.group) / jnp.where(W > 0, W, 1)
+    average, new = rule(state, projection, scaling)
+    good = (W > 0) & jnp.isfinite(projection) & jnp.isfinite(scaling.square)
+    pull = x.astype(dx.dtype) * layout.expand(average * scaling.rstd**2)
+    if mask is not None:
+        pull = jnp.where(mask > 0, pull if mask.dtype == bool else mask.astype(dx.dtype) * pull, 0)
+    new = jax.tree.map(lambda n, old: _of_all(jnp.where(jnp.broadcast_to(good, n.shape), n, old), old), new, state)
+    return (dx - pull).astype(x.dtype), None, None, new
+
+
+def _of_all(new: jax.Array, old: jax.Array) -> jax.Array:
+    """A state that devices share stays one: the mean over those whose batches were normalised apart."""
+    missing = tuple(sorted(_collectives.varying(new) - _collectives.varying(old)))
+    return (lax.pmean(new, missing) if missing else new).astype(old.dtype)
+
+
+estimated.defvjp(_estimated_fwd, _estimated_bwd)

@@ -1,0 +1,159 @@
+"""Batch normalization with statistics of their own for each of several domains: clean and adversarial images, say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax.functional import _axes, _collectives
+from bnjax.functional._batch_norm import batch_norm
+from bnjax.functional._domains import Domain, at_domain, set_domain
+from bnjax.functional._finish import Activation
+from bnjax.functional._moments import Moments
+from bnjax.functional._normalize import normalize
+from bnjax.functional._running import RunningStats, update_running
+
+
+def split_batch_norm(
+    x: jax.Array,
+    domain: Domain,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    pivot: jax.Array | None = None,
+    axis_name: _collectives.AxisName = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalises a batch of one domain d by its own mean and variance, with the scale and bias of the domain.
+
+    .. math::
+        y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
+
+    The running averages have a row for each domain: :func:`bnjax.functional.update_split_running` updates one,
+    :func:`bnjax.functional.split_normalize` normalises by one.
+
+    Args:
+      x: `[..., C]`, the rows of one domain.
+      domain: which one, 0 to D − 1; an integer, which may be traced.
+      scale: `[D, C]`, or `[C]` for all domains, or None for 1.
+      bias: `[D, C]`, or `[C]` for all domains, or None for 0.
+      pivot: `[D, C]` or `[C]`, a guess of the mean: the running means.
+      axis, epsilon, mask, axis_name, axis_index_groups, dtype, activation, residual: see :func:`bnjax.batch_norm`.
+
+    Returns:
+      y, of the shape of x, and the `Moments` of the batch, each `[C]`. With a traced domain that is none of the D, y is
+      NaN where it depends on one.
+
+    Raises:
+      ValueError: a domain that is none of the D; else as :func:`bnjax.batch_norm`.
+      TypeError: as :func:`bnjax.batch_norm`.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> x, scale = jnp.array([[1.0], [3.0]]), jnp.array([[1.0], [10.0]])
+      >>> print([jnp.round(bnjax.split_batch_norm(x, domain, scale)[0], 2).ravel().tolist() for domain in (0, 1)])
+      [[-1.0, 1.0], [-10.0, 10.0]]
+
+    References:
+      Xie et al. 2020 (AdvProp), https://arxiv.org/abs/1911.09665, section 4; Chang et al. 2019 (DSBN),
+      https://arxiv.org/abs/1906.03950, section 3.2.
+    """
+    shape = _axes.layout_of(jnp.asarray(x), axis).shape
+    return batch_norm(
+        x,
+        _row(scale, domain, shape),
+        _row(bias, domain, shape),
+        axis=axis,
+        epsilon=epsilon,
+        mask=mask,
+        pivot=_row(pivot, domain, shape),
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def split_normalize(
+    x: jax.Array,
+    domain: Domain,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    **options: Any,
+) -> jax.Array:
+    r"""Normalises x by the running averages of one domain d.
+
+    .. math::
+        y = \frac{x - \mathrm{mean}_d}{\sqrt{\mathrm{var}_d + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
+
+    Args:
+      x: `[..., C]`.
+      domain: 0 to D − 1; an integer, which may be traced.
+      mean, var: `[D, C]`.
+      scale, bias: `[D, C]`, or `[C]` for all domains, or None.
+      axis: the feature axis or axes.
+      options: those of :func:`bnjax.normalize`.
+
+    Returns:
+      y, of the shape of x; NaN for a traced domain that is none of the D.
+
+    Raises:
+      ValueError, TypeError: as :func:`bnjax.functional.split_batch_norm`.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> mean, var = jnp.array([[0.0], [1.0]]), jnp.ones((2, 1))
+      >>> print(jnp.round(bnjax.split_normalize(jnp.array([[3.0]]), 1, mean, var), 3))
+      [[2.]]
+
+    References:
+      Chang et al. 2019, https://arxiv.org/abs/1906.03950, section 3.2.
+    """
+    shape = _axes.layout_of(jnp.asarray(x), axis).shape
+    mean, var = at_domain((jnp.asarray(mean), jnp.asarray(var)), domain)
+    return normalize(x, mean, var, _row(scale, domain, shape), _row(bias, domain, shape), axis=axis, **options)
+
+
+def update_split_running(running: RunningStats, moments: Moments, domain: Domain, **options: Any) -> RunningStats:
+    """One step of the running averages of one domain; the others stay as they are.
+
+    Args:
+      running: `RunningStats`, each `[D, C]`.
+      moments: `Moments` of a batch of the domain, each `[C]`.
+      domain: 0 to D − 1; an integer, which may be traced (for another, nothing changes).
+      options: those of :func:`bnjax.update_running`, by its equation.
+
+    Returns:
+      `RunningStats`, each `[D, C]`.
+
+    Raises:
+      ValueError: as :func:`bnjax.update_running`, or a domain that is none of the D.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> running = bnjax.RunningStats(mean=jnp.zeros((2, 1)), var=jnp.ones((2, 1)))
+      >>> moments = bnjax.batch_moments(jnp.array([[1.0], [3.0]]))
+      >>> print(bnjax.update_split_running(running, moments, 1, momentum=0.5).mean.ravel())
+      [0. 1.]
+
+    References:
+      Chang et al. 2019, https://arxiv.org/abs/1906.03950, section 3.2.
+    """
+    return set_domain(running, domain, update_running(at_domain(running, domain), moments, **options))
+
+
+def _row(v: jax.Array | None, domain: Domain, shape: tuple[int, ...]) -> jax.Array | None:
+    """The domain's part of a vector that may be shared."""
+    return v if v is None or jnp.shape(v) == shape else at_domain(jnp.asarray(v), domain)
