@@ -18,28 +18,31 @@ DEVICES = 8
 MOMENTUM = 0.9
 
 
-def step(x, scale, bias, dy, mask, running, axis_name=None):
+def train(x, scale, bias, running, **options):
+    """What is spread: y, and a dict of statistics that all devices share."""
+    y, moments = bnjax.batch_norm(x, scale, bias, pivot=running.mean, **options)
+    return y, dict(moments=moments, running=bnjax.update_running(running, moments, momentum=MOMENTUM))
+
+
+def step(x, scale, bias, dy, mask, running, axis_name=None, train=train):
     """Everything that is asserted, with the gradients of Σ y·dy over the rows that this program sees."""
 
     def loss(x, scale, bias):
-        y, moments = bnjax.batch_norm(
-            x, scale, bias, mask=mask, pivot=running.mean, axis_name=axis_name, dtype=jnp.float32
-        )
-        return jnp.sum(y * dy), (y, moments)
+        y, shared = train(x, scale, bias, running, mask=mask, axis_name=axis_name, dtype=jnp.float32)
+        return jnp.sum(y * dy), (y, shared)
 
-    (_, (y, moments)), (dx, dscale, dbias) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-    running = bnjax.update_running(running, moments, momentum=MOMENTUM)
-    return dict(y=y, dx=dx, moments=moments, running=running, dscale=dscale, dbias=dbias)
+    (_, (y, shared)), (dx, dscale, dbias) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+    return dict(y=y, dx=dx, shared=shared, dscale=dscale, dbias=dbias)
 
 
-def _summed_step(*args):
+def _summed_step(*args, train):
     """In a mapped program whose gradients JAX does not add up by itself."""
-    out = step(*args, axis_name="data")
+    out = step(*args, axis_name="data", train=train)
     return out | {k: jax.lax.psum(out[k], "data") for k in ("dscale", "dbias")}
 
 
 BATCHED, SHARED = P("data"), P()
-OUT_SPECS = dict(y=BATCHED, dx=BATCHED, moments=SHARED, running=SHARED, dscale=SHARED, dbias=SHARED)
+OUT_SPECS = dict(y=BATCHED, dx=BATCHED, shared=SHARED, dscale=SHARED, dbias=SHARED)
 
 
 def _mesh():
@@ -50,29 +53,31 @@ def _in_specs(mask):
     return BATCHED, SHARED, SHARED, BATCHED, None if mask is None else BATCHED, SHARED
 
 
-def one_device(*args):
-    return jax.jit(step)(*args)
+def one_device(*args, train=train):
+    return jax.jit(partial(step, train=train))(*args)
 
 
-def jit(*args):
+def jit(*args, train=train):
     """Plain jit over a sharded batch: the statistics are global by construction."""
     mesh = _mesh()
     spec = _in_specs(args[4])
-    return jax.jit(step)(*jax.tree.map(lambda s, a: jax.device_put(a, NamedSharding(mesh, s)), spec, args))
+    placed = jax.tree.map(lambda s, a: jax.device_put(a, NamedSharding(mesh, s)), spec, args)
+    return one_device(*placed, train=train)
 
 
-def shard_map(*args, check_vma=True):
-    inside = partial(step, axis_name="data") if check_vma else _summed_step
+def shard_map(*args, check_vma=True, train=train):
+    inside = partial(step, axis_name="data", train=train) if check_vma else partial(_summed_step, train=train)
     return jax.jit(
         jax.shard_map(inside, mesh=_mesh(), in_specs=_in_specs(args[4]), out_specs=OUT_SPECS, check_vma=check_vma)
     )(*args)
 
 
-def _mapped(transform, *args):
+def _mapped(transform, *args, train=train):
     x, scale, bias, dy, mask, running = args
     split = lambda a: a.reshape(DEVICES, -1, *a.shape[1:])  # noqa: E731
     batch = jax.tree.map(split, dict(x=x, dy=dy, mask=mask))
-    out = transform(lambda b: _summed_step(b["x"], scale, bias, b["dy"], b["mask"], running), axis_name="data")(batch)
+    mapped = lambda b: _summed_step(b["x"], scale, bias, b["dy"], b["mask"], running, train=train)  # noqa: E731
+    out = transform(mapped, axis_name="data")(batch)
     whole = {k: out[k].reshape(x.shape) for k in ("y", "dx")}
     return jax.tree.map(lambda a: a[-1], out) | whole  # what is shared must be right on the last device too
 
@@ -89,11 +94,8 @@ MODES = dict(
 
 def flat(out):
     """The result as one dict of arrays."""
-    moments, running = out["moments"], out["running"]
-    named = {f"moments.{k}": v for k, v in moments._asdict().items()} | {
-        f"running.{k}": v for k, v in running._asdict().items() if v is not None
-    }
-    return {k: v for k, v in out.items() if k not in ("moments", "running")} | named
+    shared = {f"{k}.{f}": v for k, part in out["shared"].items() for f, v in part._asdict().items() if v is not None}
+    return {k: v for k, v in out.items() if k != "shared"} | shared
 
 
 def _place(spec, array):

@@ -231,6 +231,10 @@ class Projected(nn.Module):
         return nn.relu(Norm()(x @ w))
 
 
+class Louder(bnjax.linen.BatchNorm):
+    """A normalization of the user's own."""
+
+
 class Standardized(nn.Conv):
     """A convolution that does more to its kernel than multiply by it."""
 
@@ -239,6 +243,7 @@ LEFT = {
     "returned": (Returned, "used by something else as well: input of BatchNorm_0 (call 1), the output"),
     "shared": (Shared, "called repeatedly"),
     "conditional": (Conditional, "given at the call"),
+    "variant": (lambda: sequence(nn.Dense(4), Louder(use_running_average=True)), "it is a Louder, which may do more"),
     "matmul": (Projected, "made by dot_general"),
     "subclass": (lambda: sequence(Standardized(4, (1,)), Norm()), "made by"),
     "relu": (lambda: sequence(nn.Dense(4), nn.relu, Norm()), "made by max"),
@@ -271,6 +276,24 @@ def test_dead_code_is_no_use():
     variables = zoo.trained(model.init(jax.random.key(1), x))
     folded = tools.fold(model.apply, variables, x)
     assert len(folded.pairs) == 1
+    check(model, variables, x, folded)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_follows_inside_a_normalization_is_kept(before):
+    """Layers that add a residual and end in an activation fold into what is before them, never into what is after."""
+
+    class Ending(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(3)(x) if before else x
+            return nn.Dense(4)(Norm(activation=nn.relu)(y, residual=x))
+
+    model, x = Ending(), jax.random.normal(jax.random.key(0), (8, 3))
+    variables = zoo.trained(model.init(jax.random.key(1), x))
+    folded = tools.fold(model.apply, variables, x)
+    assert [pair.side for pair in folded.pairs] == (["previous"] if before else [])
+    assert before or "a residual or an activation stands in between" in folded.left["BatchNorm_0"]
     check(model, variables, x, folded)
 
 

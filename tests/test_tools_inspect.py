@@ -138,6 +138,26 @@ def test_a_network(net, tmp_path):
         assert row["rows"] == 8 * 6 * 6
 
 
+def test_the_collection_of_moments():
+    """Moments that linen layers gathered themselves are as good, and are no layers of their own."""
+    model, variables = zoo.linen_net()
+    _, updates = model.apply(variables, zoo.images(), train=True, mutable=["moments", "batch_stats"])
+    rows = tools.inspect(variables, updates["moments"]).rows
+    collected = tools.collect_moments(
+        functools.partial(model.apply, mutable=["batch_stats"]),
+        variables,
+        [zoo.images()],
+        use_running_average=False,
+        progress=False,
+    )
+    for row, wanted in zip(rows, tools.inspect(variables, collected).rows, strict=True):
+        assert row["rows"] == wanted["rows"]
+        assert row["mean_drift"] == pytest.approx(wanted["mean_drift"], rel=1e-4)
+    assert len(tools.inspect({**variables, **updates}).rows) == len(rows)
+    with pytest.raises(ValueError, match=r"must map layers to bnjax\.Moments; got int at 'bn'"):
+        tools.inspect(healthy(), {"bn": 3})
+
+
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 def test_nnx(norm):
     model = zoo.nnx_net(norm)

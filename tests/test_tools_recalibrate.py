@@ -153,6 +153,14 @@ def test_sharded(data):
     mapped = jax.shard_map(linen_fn(named, train=True), mesh=mesh, **specs)
     close(tools.recalibrate(mapped, variables, sharded, progress=False), wanted)
 
+    # each device normalises alone, but the statistics are those of everybody
+    alone = zoo.ConvNet(norm=functools.partial(bnjax.linen.BatchNorm, stats_axis_name="data"))
+    mapped = jax.shard_map(linen_fn(alone, train=True), mesh=mesh, **specs)
+    first = tools.recalibrate(mapped, variables, sharded, progress=False)["batch_stats"]["BatchNorm_0"]
+    close(first, wanted["batch_stats"]["BatchNorm_0"])
+    counts = tools.collect_moments(mapped, variables, sharded, progress=False)["BatchNorm_0"].count
+    np.testing.assert_array_equal(counts, 16 * 6 * 6)
+
 
 def test_a_layer_called_twice_pools_its_calls():
     class Twice(nn.Module):
@@ -249,6 +257,21 @@ class OwnNorm(nn.Module):
         return bnjax.normalize(x, mean.value, var.value)
 
 
+class BatchNorm(nn.Module):
+    """A user's own, with statistics for each of two domains."""
+
+    use_running_average: bool = True
+    axis: int = -1
+    axis_name: str | None = None
+    axis_index_groups: tuple | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (2, x.shape[-1]))
+        var = self.variable("batch_stats", "var", jnp.ones, (2, x.shape[-1]))
+        return bnjax.normalize(x, mean.value[0], var.value[0])
+
+
 def test_errors(data):
     model, variables = zoo.linen_net()
     apply_fn = linen_fn(model)
@@ -260,6 +283,7 @@ def test_errors(data):
         (r"mutable=\['batch_stats'\]", model.apply, variables, data, {}),
         (r"must return \(output, updates\)", lambda v, x: apply_fn(v, x)[1], variables, data, {}),
         ("holds no batch normalization", apply_fn, {"params": variables["params"]}, data, {}),
+        ("more than one set cannot", linen_fn(BatchNorm()), BatchNorm().init({}, data[0]), data, {}),
         ("ran no Flax or bnjax BatchNorm", linen_fn(OwnNorm()), OwnNorm().init({}, data[0]), data, {}),
     ]
     for message, function, tree, batches, options in cases_:

@@ -10,10 +10,14 @@ from bnjax.functional._merge import merge_moments as merge_moments
 from bnjax.functional._merge import pool_moments as pool_moments
 from bnjax.functional._moments import Moments as Moments
 from bnjax.functional._moments import batch_moments as batch_moments
+from bnjax.functional._moving_average_batch_norm import RecentStats as RecentStats
+from bnjax.functional._moving_average_batch_norm import moving_average_batch_norm as moving_average_batch_norm
 from bnjax.functional._normalize import normalize as normalize
 from bnjax.functional._power_norm import power_norm as power_norm
 from bnjax.functional._running import RunningStats as RunningStats
 from bnjax.functional._running import update_running as update_running
+from bnjax.functional._shuffle import shuffle as shuffle
+from bnjax.functional._shuffle import unshuffle as unshuffle
 from bnjax.functional._split_batch_norm import split_batch_norm as split_batch_norm
 from bnjax.functional._split_batch_norm import split_normalize as split_normalize
 from bnjax.functional._split_batch_norm import update_split_running as update_split_running

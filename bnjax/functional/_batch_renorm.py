@@ -92,10 +92,10 @@ def batch_renorm(
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
-      >>> x, mean, var = jnp.array([[2.0], [6.0]]), jnp.array([0.0]), jnp.array([4.0])
+      >>> x, mean, var = jnp.array([[1.0], [2.0]]), jnp.array([0.0]), jnp.array([1.0])
       >>> y, _ = bnjax.batch_renorm(x, mean, var)
       >>> print(jnp.round(y, 3).ravel(), jnp.round(bnjax.normalize(x, mean, var), 3).ravel())
-      [1. 3.] [1. 3.]
+      [1. 2.] [1. 2.]
       >>> y, _ = bnjax.batch_renorm(x, mean, var, r_max=1.0, d_max=0.0)
       >>> print(jnp.round(y, 3).ravel())
       [-1.  1.]

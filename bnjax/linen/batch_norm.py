@@ -12,6 +12,8 @@ from flax.linen.module import merge_param
 from bnjax.functional import Moments, RunningStats, batch_norm, merge_moments, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
 from bnjax.functional._axes import layout_of
+from bnjax.functional._domains import ONE, Domains
+from bnjax.functional._finish import Activation, Ending
 from bnjax.functional._merge import moments_for_running
 from bnjax.functional._running import Momentum, needs_steps
 
@@ -26,9 +28,9 @@ class BatchNorm(nn.Module):
     averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are Flax's: `params/{scale, bias}`,
     `batch_stats/{mean, var}`, each of the feature shape; checkpoints of either load in the other.
 
-    The running mean is the pivot of the sums, so that in a steady state training reads x once for its statistics and
-    makes one all-reduce forward and one backward, whatever the data. A batch more than 4 standard deviations from it
-    costs one more of each. At mean/std = r that ends after about ln(r/4) / ln(1/momentum) steps: 9 at r = 10 and
+    The running mean is the pivot of the sums (where devices share it for certain: plain jit, shard_map(check_vma=True)),
+    so that in a steady state training reads x once for its statistics and makes one all-reduce forward and one backward,
+    whatever the data. A batch more than 4 standard deviations from the pivot costs one more of each. At mean/std = r that ends after about ln(r/4) / ln(1/momentum) steps: 9 at r = 10 and
     momentum 0.9, 92 at momentum 0.99, 550 at r = 1000; never begun where r < 4, as behind most convolutions.
 
     Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
@@ -62,8 +64,9 @@ class BatchNorm(nn.Module):
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
       unbiased_var: average var·n/(n − 1), as PyTorch does.
       stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
-        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. One
-        more all-reduce. Without it, running averages follow the statistics that normalise.
+        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
+        small all-reduces more. Without it, running averages follow the statistics that normalise.
+      activation: a function that the output goes through, such as `jax.nn.relu`, after a residual was added.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` at the call of a
@@ -101,6 +104,7 @@ class BatchNorm(nn.Module):
     debias: bool = False
     unbiased_var: bool = False
     stats_axis_name: str | Sequence[str] | None = None
+    activation: Activation = None
 
     @nn.compact
     def __call__(
@@ -112,6 +116,7 @@ class BatchNorm(nn.Module):
         update_stats: bool = True,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x.
 
@@ -125,29 +130,58 @@ class BatchNorm(nn.Module):
           scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
             such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
           bias: the same.
+          residual: of the shape of x, added before the activation.
 
         Returns:
           y, of the shape of x.
         """
         use_running_average = merge_param("use_running_average", self.use_running_average, use_running_average)
+        options: dict[str, Any] = dict(mask=mask, update_stats=update_stats, scale=scale, bias=bias, residual=residual)
+        return self._forward(x, use_running_average, **options)
+
+    # What a variant overrides -----------------------------------------------------------------------------------------
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """y by the statistics of the batch, and the moments for the running averages. No axis name during `init`."""
+        return batch_norm(x, pivot=running.pivot, **options)
+
+    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        """y by the running averages."""
+        return normalize(x, running.mean, running.var, **options)
+
+    def _counts_steps(self) -> bool:
+        """Whether `batch_stats/steps` is needed."""
+        return needs_steps(self.momentum, self.debias)
+
+    # What it keeps ----------------------------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        x: jax.Array,
+        use_running_average: bool,
+        *,
+        mask: jax.Array | None,
+        update_stats: bool,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        residual: jax.Array | None,
+        domains: Domains = ONE,
+    ) -> jax.Array:
+        """The call; of the variables, the part that `domains` selects."""
         shape = layout_of(jnp.asarray(x), self.axis).shape
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         update_stats = update_stats and not use_running_average and not self.is_initializing()
-        steps = None
-        if needs_steps(self.momentum, self.debias) and (update_stats or self.is_initializing()):
-            steps = self.variable("batch_stats", "steps", jnp.zeros, shape, jnp.float32)
-        affine = self._affine(x, shape, scale, bias)
-        options = dict(axis=self.axis, epsilon=self.epsilon, **affine.core)
+        variables = self._statistics(domains.shape(shape), update_stats)
+        stored = RunningStats._make(None if v is None else v.value for v in variables)
+        running = domains.take(stored)
+        ending = Ending(self._affine(x, shape, scale, bias, domains.of_affine), self.activation, residual)
+        options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
         if use_running_average:
-            return affine.finish(normalize(x, mean.value, var.value, **options))
-        running = RunningStats(mean.value, var.value, None if steps is None else steps.value)
+            return ending.finish(self._normalize(x, running, **options))
         if not self.is_initializing():
-            options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
-        y, moments = batch_norm(x, mask=mask, **options)
+            options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
+        y, moments = self._batch_norm(x, running, mask=mask, **options)
         if self._is_asked_for("moments"):
-            self._accumulate(moments)
+            self._accumulate(moments, domains)
         if update_stats:
             moments = moments_for_running(
                 moments,
@@ -159,29 +193,50 @@ class BatchNorm(nn.Module):
             new = update_running(
                 running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
             )
-            mean.value, var.value = new.mean, new.var
-            if steps is not None and new.steps is not None:
-                steps.value = new.steps
-        return affine.finish(y)
+            for variable, value in zip(variables, domains.put(stored, new), strict=True):
+                if variable is not None:
+                    variable.value = value
+        return ending.finish(y)
+
+    def _statistics(self, shape: tuple[int, ...], update_stats: bool) -> tuple[Any, ...]:
+        """The variables of `RunningStats`; None for steps that are not needed, or not there and only read."""
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
+        has_steps = update_stats or self.is_initializing() or self.has_variable("batch_stats", "steps")
+        if not (self._counts_steps() and has_steps):
+            return mean, var, None
+        return mean, var, self.variable("batch_stats", "steps", jnp.zeros, shape, jnp.float32)
 
     def _is_asked_for(self, collection: str) -> bool:
         """Whether `mutable` names the collection. True, or all but a few (as in `init`), gives what Flax gives."""
         mutable = self.scope.mutable if self.scope is not None else False
         return not isinstance(mutable, (bool, DenyList)) and in_filter(mutable, collection)
 
-    def _accumulate(self, moments: Moments) -> None:
+    def _accumulate(self, moments: Moments, domains: Domains) -> None:
         """Merges the moments into the collection `moments`: those of all calls since it was empty."""
-        held = {
-            name: self.variable("moments", name, jnp.zeros_like, value) for name, value in moments._asdict().items()
-        }
-        merged = merge_moments(Moments(*(variable.value for variable in held.values())), moments)
-        for name, value in merged._asdict().items():
-            held[name].value = value
+        held = [
+            self.variable("moments", name, jnp.zeros_like, value, shape=domains.shape(value.shape))
+            for name, value in moments._asdict().items()
+        ]
+        stored = Moments._make(variable.value for variable in held)
+        merged = merge_moments(domains.take(stored), moments)
+        for variable, value in zip(held, domains.put(stored, merged), strict=True):
+            variable.value = value
 
-    def _affine(self, x: jax.Array, shape: tuple[int, ...], scale: jax.Array | None, bias: jax.Array | None) -> Affine:
+    def _affine(
+        self,
+        x: jax.Array,
+        shape: tuple[int, ...],
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        domains: Domains,
+    ) -> Affine:
         """The parameters, or what the call gave in their place."""
+        shape = domains.shape(shape)
         scale_init = offset_init(self.scale_init, self.scale_offset)
         own_scale = self.param("scale", scale_init, shape, self.param_dtype) if self.use_scale else None
         own_bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        own_scale, own_bias = domains.take((own_scale, own_bias))
         scale, bias = own_or_given("scale", own_scale, scale), own_or_given("bias", own_bias, bias)
         return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=self.dtype)

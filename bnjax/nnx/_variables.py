@@ -9,6 +9,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 from bnjax.functional._axes import Layout
+from bnjax.functional._domains import ONE, Domains
 
 _CAPTURED = (
     "Running averages were about to be updated in a function that captured their module from outside. Pass the module "
@@ -21,13 +22,13 @@ def static(value: Any) -> Any:
     return tuple(map(static, value)) if isinstance(value, (list, tuple)) else value
 
 
-def read(variable: nnx.Variable[jax.Array], layout: Layout) -> jax.Array:
+def read(variable: nnx.Variable[jax.Array], layout: Layout, domains: Domains = ONE) -> jax.Array:
     """The value, in the feature shape also where the variable is flat (one number for several feature axes)."""
-    value = variable[...]
+    value = domains.take(variable[...])
     return value.reshape(layout.shape) if value.shape == (math.prod(layout.shape),) else value
 
 
-def write(module: nnx.Module, values: Mapping[str, jax.Array]) -> None:
+def write(module: nnx.Module, values: Mapping[str, jax.Array], domains: Domains = ONE) -> None:
     """Puts the values into the module's variables of those names, in their shapes.
 
     A variable from outside the trace is replaced by a new one. That is `nnx.merge(graphdef, params, rest)` inside
@@ -36,7 +37,8 @@ def write(module: nnx.Module, values: Mapping[str, jax.Array]) -> None:
     """
     for name, value in values.items():
         variable = getattr(module, name)
-        value = value.reshape(variable.shape)
+        row = variable.shape if domains.number is None else variable.shape[1:]
+        value = domains.put(variable[...], value.reshape(row))
         try:
             variable[...] = value
         except TraceContextError:

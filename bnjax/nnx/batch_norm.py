@@ -12,9 +12,11 @@ from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 from jax.nn import initializers
 
-from bnjax.functional import RunningStats, batch_norm, normalize, update_running
+from bnjax.functional import Moments, RunningStats, batch_norm, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
 from bnjax.functional._axes import Layout, layout_of
+from bnjax.functional._domains import ONE, Domains
+from bnjax.functional._finish import Activation, Ending
 from bnjax.functional._merge import moments_for_running
 from bnjax.functional._running import Momentum, needs_steps
 from bnjax.nnx._variables import read, static, write
@@ -63,8 +65,9 @@ class BatchNorm(nnx.Module):
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
       unbiased_var: average var·n/(n − 1), as PyTorch does.
       stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
-        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. One
-        more all-reduce. Without it, running averages follow the statistics that normalise.
+        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
+        small all-reduces more. Without it, running averages follow the statistics that normalise.
+      activation: a function that the output goes through, such as `jax.nn.relu`, after a residual was added.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or a `num_features` that is not that of
@@ -117,18 +120,8 @@ class BatchNorm(nnx.Module):
         debias: bool = False,
         unbiased_var: bool = False,
         stats_axis_name: str | Sequence[str] | None = None,
+        activation: Activation = None,
     ):
-        shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
-        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
-        if needs_steps(momentum, debias):
-            self.steps = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
-        self.scale = self.bias = nnx.data(None)
-        if use_scale:
-            scale = offset_init(scale_init, scale_offset)(rngs.params(), shape, param_dtype)
-            self.scale = nnx.Param(scale, **scale_metadata)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
         self.num_features = static(num_features)
         self.use_running_average = use_running_average
         self.axis = static(axis)
@@ -147,6 +140,19 @@ class BatchNorm(nnx.Module):
         self.debias = debias
         self.unbiased_var = unbiased_var
         self.stats_axis_name = static(stats_axis_name)
+        self.activation = activation
+        shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
+        stats_shape, shape = self._domains.shape(shape), self._domains.of_affine.shape(shape)
+        self.mean = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(stats_shape, jnp.float32))
+        if self._counts_steps():
+            self.steps = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
+        self.scale = self.bias = nnx.data(None)
+        if use_scale:
+            scale = offset_init(scale_init, scale_offset)(rngs.params(), shape, param_dtype)
+            self.scale = nnx.Param(scale, **scale_metadata)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
 
     def __call__(
         self,
@@ -157,6 +163,7 @@ class BatchNorm(nnx.Module):
         update_stats: bool | None = None,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x.
 
@@ -170,33 +177,13 @@ class BatchNorm(nnx.Module):
           scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
             such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
           bias: the same.
+          residual: of the shape of x, added before the activation.
 
         Returns:
           y, of the shape of x.
         """
-        use_running_average = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
-        x = jnp.asarray(x)
-        layout = layout_of(x, self.axis)
-        running = self._running(layout)
-        affine = self._affine(x, layout, running, scale, bias)
-        options = dict(axis=self.axis, epsilon=self.epsilon, **affine.core)
-        if use_running_average:
-            return affine.finish(normalize(x, running.mean, running.var, **options))
-        options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups, pivot=running.pivot)
-        y, moments = batch_norm(x, mask=mask, **options)
-        if self.update_stats if update_stats is None else update_stats:
-            moments = moments_for_running(
-                moments,
-                running.mean,
-                shape=x.shape,
-                stats_axis_name=self.stats_axis_name,
-                axis_index_groups=self.axis_index_groups,
-            )
-            new = update_running(
-                running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
-            )
-            write(self, {name: v for name, v in new._asdict().items() if v is not None})
-        return affine.finish(y)
+        options: dict[str, Any] = dict(mask=mask, update_stats=update_stats, scale=scale, bias=bias, residual=residual)
+        return self._forward(x, use_running_average, **options)
 
     def set_view(self, use_running_average: bool | None = None, update_stats: bool | None = None) -> None:
         """What `nnx.view` sets.
@@ -210,22 +197,86 @@ class BatchNorm(nnx.Module):
         if update_stats is not None:
             self.update_stats = update_stats
 
-    def _running(self, layout: Layout) -> RunningStats:
-        steps = read(self.steps, layout) if hasattr(self, "steps") else None
-        mean = read(self.mean, layout)
+    # What a variant overrides -----------------------------------------------------------------------------------------
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """y by the statistics of the batch, and the moments for the running averages."""
+        return batch_norm(x, pivot=running.pivot, **options)
+
+    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        """y by the running averages."""
+        return normalize(x, running.mean, running.var, **options)
+
+    def _counts_steps(self) -> bool:
+        """Whether the variable steps is needed."""
+        return needs_steps(self.momentum, self.debias)
+
+    @property
+    def _domains(self) -> Domains:
+        """Whether the variables have a row for each of several domains."""
+        return ONE
+
+    # What it keeps ----------------------------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        *,
+        mask: jax.Array | None,
+        update_stats: bool | None,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        residual: jax.Array | None,
+        domains: Domains = ONE,
+    ) -> jax.Array:
+        """The call; of the variables, the part that `domains` selects."""
+        use_running_average = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
+        x = jnp.asarray(x)
+        layout = layout_of(x, self.axis)
+        running = self._running(layout, domains)
+        ending = Ending(self._affine(x, layout, running, scale, bias, domains.of_affine), self.activation, residual)
+        options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
+        if use_running_average:
+            return ending.finish(self._normalize(x, running, **options))
+        options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
+        y, moments = self._batch_norm(x, running, mask=mask, **options)
+        if self.update_stats if update_stats is None else update_stats:
+            moments = moments_for_running(
+                moments,
+                running.mean,
+                shape=x.shape,
+                stats_axis_name=self.stats_axis_name,
+                axis_index_groups=self.axis_index_groups,
+            )
+            new = update_running(
+                running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
+            )
+            write(self, {name: v for name, v in new._asdict().items() if v is not None}, domains)
+        return ending.finish(y)
+
+    def _running(self, layout: Layout, domains: Domains) -> RunningStats:
+        steps = read(self.steps, layout, domains) if hasattr(self, "steps") else None
+        mean = read(self.mean, layout, domains)
         if mean.shape != layout.shape:
             raise ValueError(
                 f"num_features must be the size of the feature axes {layout.features} of x, {layout.shape}; "
                 f"got num_features={self.num_features}. Check the channel count, or the axis argument."
             )
-        return RunningStats(mean, read(self.var, layout), steps)
+        return RunningStats(mean, read(self.var, layout, domains), steps)
 
     def _affine(
-        self, x: jax.Array, layout: Layout, running: RunningStats, scale: jax.Array | None, bias: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        running: RunningStats,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        domains: Domains,
     ) -> Affine:
         """The parameters, or what the call gave in their place."""
-        scale = own_or_given("scale", None if self.scale is None else read(self.scale, layout), scale)
-        bias = own_or_given("bias", None if self.bias is None else read(self.bias, layout), bias)
+        scale = own_or_given("scale", None if self.scale is None else read(self.scale, layout, domains), scale)
+        bias = own_or_given("bias", None if self.bias is None else read(self.bias, layout, domains), bias)
         promote = partial(self.promote_dtype, dtype=self.dtype)
         promoted = jax.eval_shape(promote, (x, running.mean, running.var, scale, bias))
         return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=promoted[0].dtype)

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped, unused-ignore]
 
-from bnjax.functional import Moments
 from bnjax.tools import _trees
 from bnjax.tools._decay_mask import affine_labels
 from bnjax.tools._trees import show
 
 
-def adapt_statistics(variables: Any, moments: Mapping[str, Moments], *, prior: float, samples: float) -> Any:
+def adapt_statistics(variables: Any, moments: Mapping[str, Any], *, prior: float, samples: float) -> Any:
     r"""Mixes the statistics of training with those of the data met now; the old ones weigh as `prior` samples.
 
     .. math::
@@ -26,7 +25,8 @@ def adapt_statistics(variables: Any, moments: Mapping[str, Moments], *, prior: f
 
     Args:
       variables: a tree with statistics of any shapes.
-      moments: of the target, as :func:`collect_moments` gives them (`use_running_average=False`: as the paper does).
+      moments: of the target, as :func:`collect_moments` gives them with `use_running_average=False`, or a training call
+        of linen layers in the collection `moments`.
       prior: N, the samples that the statistics of training are worth: 0 uses the target alone, and with N far above
         n nothing changes. Choose it on data that was not trained on.
       samples: n, the samples (images, not positions) behind `moments`.
@@ -54,24 +54,20 @@ def adapt_statistics(variables: Any, moments: Mapping[str, Moments], *, prior: f
         raise ValueError(f"prior and samples must not be negative, nor both zero; got {prior} and {samples}.")
     tree = _trees.flatten_with_layers(variables)
     layers = {show(layer): layer for layer in tree.layers}
-    if set(layers) != set(moments):
-        raise ValueError(f"moments must be those of the layers {sorted(layers)}; got those of {sorted(moments)}.")
+    target = _trees.by_layer(moments)
+    if set(layers) != set(target):
+        raise ValueError(f"moments must be those of the layers {sorted(layers)}; got those of {sorted(target)}.")
     share = samples / (prior + samples)
 
-    def mixed(name: str, role: str, target: jax.Array) -> jax.Array:
-        source = tree.stats(layers[name])[role]
-        if jnp.shape(target) != source.shape:
-            raise ValueError(f"moments of {name} have shape {jnp.shape(target)}, its statistics {source.shape}.")
-        met = (moments[name].count > 0) & jnp.isfinite(moments[name].mean) & jnp.isfinite(moments[name].var)
+    def mixed(name: str, role: str) -> jax.Array:
+        source, m = tree.stats(layers[name])[role], target[name]
+        if jnp.shape(m.mean) != source.shape:
+            raise ValueError(f"moments of {name} have shape {jnp.shape(m.mean)}, its statistics {source.shape}.")
+        met = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
         # not source + share·(target − source): that is not exact at share = 1
-        return jnp.where(met, (1 - share) * source + share * target, source)
+        return jnp.where(met, (1 - share) * source + share * getattr(m, role), source)
 
-    return tree.replace(
-        {
-            layers[name]: {role: mixed(name, role, getattr(m, role)) for role in ("mean", "var")}
-            for name, m in moments.items()
-        }
-    )
+    return tree.replace({layers[name]: {role: mixed(name, role) for role in ("mean", "var")} for name in target})
 
 
 def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
@@ -89,8 +85,8 @@ def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
     Examples:
       >>> import jax.numpy as jnp
       >>> from bnjax import tools
-      >>> print(tools.entropy(jnp.array([[0.0, 0.0], [0.0, -jnp.inf]])) / jnp.log(2.0))
-      [1. 0.]
+      >>> print(tools.entropy(jnp.array([[0.0, 0.0, -jnp.inf], [30.0, 0.0, 0.0]])).round(3))
+      [0.693 0.   ]
 
     References:
       Wang et al. 2021, "Tent: Fully test-time adaptation by entropy minimization", https://arxiv.org/abs/2006.10726.

@@ -13,6 +13,9 @@ from bnjax.tools._flow import Flow, flow_of
 from bnjax.tools._layers import Call, Program, handling, is_norm
 from bnjax.tools._trees import Path, show
 
+# What a call of BatchNorm may be given that changes nothing about a·x + c in evaluation, or comes after it.
+_HARMLESS = ("use_running_average", "mask", "update_stats", "residual")
+
 
 class Site(NamedTuple):
     """What folding has to know of one layer."""
@@ -25,6 +28,7 @@ class Site(NamedTuple):
     groups: int = 1
     rank: int = 0  # of the kernel, without axes that vmap or scan put before
     out_axis: int = -1  # of the kernel
+    ends: bool = False  # whether a residual or an activation follows inside the normalization
     problem: str = ""  # why a normalization cannot be folded, or why none can be folded into a layer from before it
 
 
@@ -73,10 +77,13 @@ def _norm_site(call: Call, dtype: Any) -> Site:
         problem = "it normalises by the batch here: run the model in evaluation mode"
     elif layout_of(call.x, module.axis).features != (call.x.ndim - 1,):
         problem = f"its feature axis {module.axis} is not the last one"
-    elif any(call.options.get(name) is not None for name in ("scale", "bias")):
-        problem = "its scale or bias is given at the call"
+    elif type(module).__name__ != "BatchNorm":
+        problem = f"it is a {type(module).__name__}, which may do more than BatchNorm"
+    elif given := [name for name, value in call.options.items() if name not in _HARMLESS and value is not None]:
+        problem = f"its {' and '.join(given)} is given at the call"
+    ends = getattr(module, "activation", None) is not None or call.options.get("residual") is not None
     offset = getattr(module, "scale_offset", 0.0)
-    return Site(call.path, True, dtype, epsilon=module.epsilon, scale_offset=offset, problem=problem)
+    return Site(call.path, True, dtype, epsilon=module.epsilon, scale_offset=offset, ends=ends, problem=problem)
 
 
 def _linear_site(call: Call, dtype: Any) -> Site:
@@ -136,7 +143,8 @@ def _partner(
     for name, layer in live.items():
         if layer.norm or flow.origin(flow.marks[f"input of {name}"].inputs[0], (f"output of {label}",))[0] == "":
             continue
-        after = layer.problem or ("that layer is called repeatedly" if calls.count(layer.path) > 1 else "")
+        ended = "a residual or an activation stands in between" if norm.ends else ""
+        after = ended or layer.problem or ("that layer is called repeatedly" if calls.count(layer.path) > 1 else "")
         if not after:
             return Match(norm, layer, "next"), ""
         after = f"goes into {show(layer.path)}, but {after}"

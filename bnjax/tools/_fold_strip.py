@@ -37,7 +37,10 @@ def stripped_apply(apply_fn: Callable[..., Any], matches: list[Match]) -> Callab
 
     def run(call: Call) -> jax.Array:
         if is_norm(call.module):
-            return call.x.astype(norms[call.path].dtype) if call.path in norms else call.run(call.x)
+            if call.path not in norms:
+                return call.run(call.x)
+            activation = getattr(call.module, "activation", None)
+            return _ending(call.x, call.options.get("residual"), activation, norms[call.path].dtype)
         y = call.run(call.x)
         if call.path not in takers or call.module.use_bias:
             return y
@@ -53,15 +56,23 @@ def stripped_apply(apply_fn: Callable[..., Any], matches: list[Match]) -> Callab
     return apply
 
 
+def _ending(
+    x: jax.Array, residual: jax.Array | None, activation: Callable[[jax.Array], jax.Array] | None, dtype: Any
+) -> jax.Array:
+    """What a normalization does after normalising."""
+    x = x if residual is None else x + residual
+    return (x if activation is None else activation(x)).astype(dtype)
+
+
 class Identity(nnx.Module):
-    """Stands where a folded normalization stood, and casts as it did."""
+    """Stands where a folded normalization stood: does what that did after normalising."""
 
-    def __init__(self, dtype: Any):
-        self.dtype = dtype
+    def __init__(self, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None):
+        self.dtype, self.activation = dtype, activation
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """Returns x."""
-        return x.astype(self.dtype)
+    def __call__(self, x: jax.Array, *args: Any, residual: jax.Array | None = None, **kwargs: Any) -> jax.Array:
+        """Returns act(x + residual)."""
+        return _ending(x, residual, self.activation, self.dtype)
 
 
 def strip_module(model: nnx.Module, matches: list[Match], layers: Layers) -> nnx.Module:
@@ -74,9 +85,9 @@ def strip_module(model: nnx.Module, matches: list[Match], layers: Layers) -> nnx
         layer.kernel[...] = layers[path]["kernel"].astype(dtype)
         layer.bias, layer.use_bias = nnx.Param(layers[path]["bias"].astype(dtype)), True
     for match in matches:
-        where, _ = modules[match.norm.path]
+        where, norm = modules[match.norm.path]
         parent: Any = modules[match.norm.path[:-1]][1]
-        identity = Identity(match.norm.dtype)
+        identity = Identity(match.norm.dtype, getattr(norm, "activation", None))
         if hasattr(parent, "__setitem__"):
             parent[where[-1]] = identity
         else:

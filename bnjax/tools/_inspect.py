@@ -36,7 +36,7 @@ class Inspection(NamedTuple):
 
 def inspect(
     variables: Any,
-    moments: Mapping[str, Moments] | None = None,
+    moments: Mapping[str, Any] | None = None,
     *,
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
@@ -51,8 +51,8 @@ def inspect(
     Args:
       variables: a tree with statistics of any shapes: linen variables, an nnx state or an nnx module; with the
         parameters in it the scales are looked at too.
-      moments: what the layers met, as :func:`collect_moments` gives it for a training batch (`mean`, `var` and `count`
-        of the shape of the statistics): the columns `rows`, `mean_drift` and `var_drift`.
+      moments: what the layers met in a training batch, from :func:`collect_moments` or the collection `moments`:
+        `mean`, `var`, `count` of the shape of the statistics. They fill the columns `rows`, `mean_drift`, `var_drift`.
       epsilon: of the layers.
       scale_offset: of the layers, as `bnjax.BatchNorm` has it.
       replica_axis: the axis of the statistics that runs over replicas, as after `pmap`; they are compared, and the rest
@@ -82,7 +82,8 @@ def inspect(
       Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", https://arxiv.org/abs/2105.07576.
     """
     tree = _trees.flatten_with_layers(variables)
-    strangers = set(moments or {}) - {show(layer) for layer in tree.layers}
+    met = _trees.by_layer(moments)
+    strangers = set(met) - {show(layer) for layer in tree.layers}
     if strangers:
         raise ValueError(
             f"moments has layers {sorted(strangers)} that the variables do not have; theirs are "
@@ -91,7 +92,7 @@ def inspect(
     rows = []
     for layer, at in tree.layers.items():
         leaves = {role: tree.leaves[i] for role, i in at.items()}
-        row = _row(leaves, (moments or {}).get(show(layer)), epsilon, scale_offset, replica_axis)
+        row = _row(leaves, met.get(show(layer)), epsilon, scale_offset, replica_axis)
         rows.append({"layer": show(layer), **row, "flags": flags_of(row)})
     return Inspection(rows)
 

@@ -11,9 +11,10 @@ from jax.extend.core import get_opaque_trace_state
 from bnjax.functional import Moments, RunningStats, batch_moments, merge_moments
 from bnjax.functional._axes import layout_of
 from bnjax.functional._collectives import group_of, group_size
+from bnjax.functional._merge import moments_for_running
 from bnjax.tools import _trees
 from bnjax.tools._layers import Call, Program, handling, is_norm
-from bnjax.tools._trees import Path
+from bnjax.tools._trees import Path, show
 
 Settled = Mapping[Path, jax.Array | bool]
 
@@ -88,16 +89,27 @@ class _Recorder:
         moments = batch_moments(
             call.x, axis=call.module.axis, mask=mask, axis_name=names[0], axis_index_groups=names[1]
         )
+        everybody = getattr(call.module, "stats_axis_name", None)
         # nnx keeps the statistics of several feature axes flat
         mean, var, *_ = call.stats()
+        if mean.size != math.prod(layout.shape):
+            raise ValueError(
+                f"the statistics of {show(call.path)} have shape {mean.shape}, its input has channels {layout.shape}: "
+                "layers that keep more than one set cannot be recalibrated. Name the others in layers=[...] and leave "
+                "its calls out of apply_fn."
+            )
         running, pooled = (mean.reshape(layout.shape), var.reshape(layout.shape)), moments
+        if everybody is not None:  # more devices share the running averages than normalise together
+            pooled = moments_for_running(
+                moments, running[0], shape=call.x.shape, stats_axis_name=everybody, axis_index_groups=names[1]
+            )
         trace = get_opaque_trace_state(convention="flax")
         earlier = self._earlier.get(call.path)
         if earlier is not None and earlier[0] == trace:  # a body that is traced twice (scan) is no second call
-            running, pooled = earlier[1], merge_moments(earlier[2], moments)
+            running, pooled = earlier[1], merge_moments(earlier[2], pooled)
             rows += self.rows[call.path]
         self._earlier[call.path] = (trace, running, pooled)
-        self.rows[call.path], self.masked = rows, self.masked or mask is not None
+        self.rows[call.path], self.masked = rows, self.masked or mask is not None or everybody is not None
         return running, moments, pooled
 
 

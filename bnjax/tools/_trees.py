@@ -15,6 +15,8 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
+from bnjax.functional import Moments
+
 Path = tuple[str, ...]  # names from the root to a layer or a leaf; the collection is left out
 
 COLLECTIONS = ("params", "batch_stats")
@@ -85,6 +87,21 @@ def show(path: Path) -> str:
     return "/".join(path) or "(the root)"
 
 
+def by_layer(moments: Mapping[str, Any] | None) -> dict[str, Moments]:
+    """Moments by the layer's name, from that, or from the collection `moments` of :class:`bnjax.linen.BatchNorm`."""
+    found: dict[str, Moments] = {}
+    for name, node in (moments or {}).items():
+        if isinstance(node, Moments):
+            found[name] = node
+        elif isinstance(node, Mapping) and set(node) == set(Moments._fields):
+            found[name] = Moments(**node)
+        elif isinstance(node, Mapping):
+            found |= {f"{name}/{below}": m for below, m in by_layer(node).items()}
+        else:
+            raise ValueError(f"moments must map layers to bnjax.Moments; got {type(node).__name__} at {name!r}.")
+    return found
+
+
 def matches(path: Path, pattern: str) -> bool:
     """Whether a glob over '/'-joined names fits the path, a module above it, or their last names."""
     name = "/".join(path)
@@ -119,7 +136,10 @@ def _without_collection(names: Path, tree: Any) -> Path:
 
 def _find_layers(raw: list[Path], names: list[Path], leaves: list[Any]) -> dict[Path, dict[str, int]]:
     nodes: dict[Path, dict[str, int]] = {}
+    gathered = any(r[:1] == ("batch_stats",) for r in raw)  # then `moments` beside it is that collection, no module
     for i, name in enumerate(names):
+        if gathered and raw[i][0] == "moments":
+            continue
         if name and name[-1] in ROLES and _may_hold(raw[i], name[-1]):
             nodes.setdefault(name[:-1], {})[name[-1]] = i
     return {path: at for path, at in nodes.items() if _is_layer(at, leaves)}

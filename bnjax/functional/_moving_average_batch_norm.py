@@ -1,0 +1,196 @@
+"""Moving average batch normalization (MABN): the statistics of recent batches, forward and backward."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax.functional import _axes, _collectives
+from bnjax.functional._finish import Activation, as_residual
+from bnjax.functional._moments import Moments, Reduction
+from bnjax.functional._second_moment import Operands, Scaling, estimated
+
+
+class RecentStats(NamedTuple):
+    """Statistics of the last m batches, the newest last, and how many there have been; float32 at least."""
+
+    squares: jax.Array  # [m, C], E[x²]
+    projections: jax.Array  # [m, C], Λ = E[dxhat·xhat]
+    steps: jax.Array  # [C]
+
+    @classmethod
+    def start(cls, shape: tuple[int, ...], buffer_size: int) -> "RecentStats":
+        """Before the first batch."""
+        empty = jnp.zeros((buffer_size, *shape), jnp.float32)
+        return cls(empty, empty, jnp.zeros(shape, jnp.float32))
+
+
+def moving_average_batch_norm(
+    x: jax.Array,
+    var: jax.Array,
+    recent: RecentStats | None = None,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    warmup: int = 100,
+    r_max: float = 5.0,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: _collectives.AxisName = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalises x by the quadratic mean of the last m batches; for batches of one or two examples.
+
+    .. math::
+        \hat x = \frac{x}{\chi}, \quad y = r \hat x \cdot \mathrm{scale} + \mathrm{bias}, \qquad
+        \chi^2 = \tfrac1m \sum_{\text{last } m} \mathrm{E}[x^2] + \epsilon, \quad
+        r = \mathrm{clip}\Bigl(\frac{\chi}{\sqrt{\mathrm{var} + \epsilon}}, \frac1{r_{max}}, r_{max}\Bigr)
+
+    r moves the output to where the exponential average `var`, which evaluation uses, would have put it. r and χ are
+    constants of the derivative, and the statistic of the gradient is averaged over the same batches:
+
+    .. math::
+        dx = \frac1\chi \Bigl(d\hat x - \hat x \cdot \tfrac1m \sum_{\text{last } m} \Lambda\Bigr), \qquad
+        \Lambda = \mathrm{E}[d\hat x\, \hat x]
+
+    Λ is known in the backward pass only: the gradient with respect to `recent` IS its new value. So differentiate in
+    it, keep it from the optimizer, and put the gradient in its place; call the layer once per gradient, for gradients
+    of two calls would be added. For the first `warmup` steps, and without `recent`, the batch is normalised by its own
+    quadratic mean, with r = 1: then the derivative is the exact one. Without `recent` that is an ordinary function,
+    differentiable in both modes and to any order; with it, in reverse mode only.
+
+    Args:
+      x: `[..., C]`, any real dtype. The layer before should have weights of mean zero per output channel.
+      var: `[C]`, the running quadratic mean before this batch.
+      recent: `RecentStats(squares, projections, steps)`, `[m, C]`, `[m, C]` and `[C]`; or None.
+      scale: `[C]`, or None for 1.
+      bias: `[C]`, or None for 0.
+      warmup: steps by the batch's own statistics.
+      r_max: limit of r and 1/r, at least 1.
+      axis: the feature axis or axes; all others are reduced over.
+      epsilon: added to the quadratic mean; positive.
+      mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
+      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics.
+      axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
+      dtype: of y; by default the promotion of x, scale and bias.
+      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
+
+    Returns:
+      y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean 0, and var its quadratic mean;
+      :func:`bnjax.update_running` with momentum 0.98 and `debias` makes the next `var` of them.
+
+    Raises:
+      ValueError: r_max below 1, or `recent` of another shape; else as :func:`bnjax.batch_norm`.
+      TypeError: as :func:`bnjax.batch_norm`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> recent = bnjax.RecentStats(jnp.array([[0.0], [14.0]]), jnp.array([[0.0], [0.2]]), jnp.array([1.0]))
+      >>> x, var = jnp.array([[1.0], [-1.0], [2.0]]), jnp.array([8.0])
+      >>> def loss(x, recent):
+      ...     y, _ = bnjax.moving_average_batch_norm(x, var, recent, warmup=0)
+      ...     return y[0, 0], y
+      >>> (dx, recent), y = jax.grad(loss, (0, 1), has_aux=True)(x, recent)
+      >>> print(jnp.round(y, 3).ravel(), recent.squares.ravel(), recent.steps)
+      [ 0.354 -0.354  0.707] [14.  2.] [2.]
+
+    References:
+      Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838, section 4; `warmup` and `r_max` as in
+      the authors' program.
+
+    Differences: before there are m batches the average is over those there are, where the authors' program takes the
+    newest alone; and r is 1 for `warmup` steps, there for 1000, because `var` starts without a bias here.
+    """
+    x = _axes.as_input(x)
+    layout = _axes.layout_of(x, axis)
+    if r_max < 1:
+        raise ValueError(f"r_max limits r and 1/r and must be at least 1; got {r_max}.")
+    if recent is not None:
+        _check_recent(recent, layout)
+    group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
+    scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
+    static = (
+        Reduction(layout, group, 0.0),
+        _axes.check_epsilon(epsilon),
+        _axes.output_dtype(dtype, x, scale, bias),
+        activation,
+        _RecentProjections(int(warmup)),
+        float(r_max),
+    )
+    arrays = (x, _axes.as_mask(mask, x), scale, bias)
+    return _moving_average(static, arrays, _axes.as_vector("var", var, layout), recent, as_residual(residual, x))
+
+
+def _check_recent(recent: RecentStats, layout: _axes.Layout) -> None:
+    shapes = [jnp.shape(a) for a in recent]
+    m = shapes[0][:1]
+    if not m or m == (0,) or shapes != [(*m, *layout.shape), (*m, *layout.shape), layout.shape]:
+        raise ValueError(
+            f"recent must hold squares and projections of shape (m, *{layout.shape}) and steps of shape "
+            f"{layout.shape}; got {shapes}. RecentStats.start(shape, buffer_size) makes one."
+        )
+
+
+class _RecentProjections(NamedTuple):
+    """The newest statistics in, the oldest out; backwards the average of Λ, in the first steps Λ itself."""
+
+    warmup: int
+
+    def __call__(self, state: RecentStats, projection: jax.Array, scaling: Scaling) -> tuple[jax.Array, RecentStats]:
+        projections = push(state.projections, projection)
+        new = RecentStats(push(state.squares, scaling.square), projections, state.steps + 1)
+        return jnp.where(state.steps < self.warmup, projection, average(projections, new.steps)), new
+
+
+def push(buffer: jax.Array, newest: jax.Array) -> jax.Array:
+    """The buffer [m, C] with `newest` [C] as its last row."""
+    return jnp.concatenate([buffer[1:], newest[None].astype(buffer.dtype)])
+
+
+def average(buffer: jax.Array, steps: jax.Array) -> jax.Array:
+    """The mean of the rows that are filled after so many steps; the others hold zeros."""
+    return buffer.sum(0) / jnp.clip(steps, 1, len(buffer))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _moving_average(
+    static: tuple[Reduction, float, jnp.dtype, Activation, _RecentProjections, float],
+    arrays: tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None],
+    var: jax.Array,
+    recent: RecentStats | None,
+    residual: jax.Array | None,
+) -> tuple[jax.Array, Moments]:
+    reduction, epsilon, dtype, activation, rule, r_max = static
+    operands = Operands(reduction, epsilon, dtype, *arrays)
+    moments = operands.moments
+    if recent is None:
+        return operands.apply(lax.rsqrt(moments.var + epsilon), activation, residual), lax.stop_gradient(moments)
+    moments = lax.stop_gradient(moments)
+    factor, rstd = _factors(rule, r_max, epsilon, moments, operands.vector("var", var), recent)
+
+    def through(x: jax.Array, scaling: Scaling, state: RecentStats) -> jax.Array:
+        return estimated(rule, reduction, x, operands.mask, scaling, state)
+
+    scaling = Scaling(rstd, moments.var, moments.count)
+    return operands.apply(factor, activation, residual, through, scaling, recent), moments
+
+
+def _factors(
+    rule: _RecentProjections, r_max: float, epsilon: float, moments: Moments, var: jax.Array, recent: RecentStats
+) -> tuple[jax.Array, jax.Array]:
+    """r/χ and 1/χ; a batch that is empty or not finite adds nothing to the average."""
+    squares, _, steps = lax.stop_gradient(recent)
+    good = (moments.count > 0) & jnp.isfinite(moments.var)
+    with_this = average(push(squares, moments.var), steps + 1)
+    square = jnp.where(good, with_this, average(squares, steps))
+    early = steps < rule.warmup
+    rstd = lax.rsqrt(jnp.where(early, moments.var, square) + epsilon)
+    r = jnp.clip(lax.rsqrt(var + epsilon) / rstd, 1 / r_max, r_max)
+    return rstd * jnp.where(early, 1, r), rstd

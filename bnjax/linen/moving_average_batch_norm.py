@@ -1,0 +1,63 @@
+"""`MovingAverageBatchNorm` for flax.linen."""
+
+from typing import Any
+
+import jax
+
+from bnjax.functional import Moments, RecentStats, RunningStats, moving_average_batch_norm
+from bnjax.functional._running import Momentum
+from bnjax.linen._gradient_state import gradient_state
+from bnjax.linen.batch_norm import BatchNorm
+
+
+class MovingAverageBatchNorm(BatchNorm):
+    r"""Batch normalization by the quadratic mean of the last m batches, for batches of one or two examples (MABN).
+
+    .. math:: y = r \cdot \frac{x}{\chi} \cdot \mathrm{scale} + \mathrm{bias}
+
+    forward and backward as in :func:`bnjax.moving_average_batch_norm`. Variables as in
+    :class:`bnjax.linen.BatchNorm`; `batch_stats/var` holds the running quadratic mean and `batch_stats/mean` zeros.
+    The layer before should have weights of mean zero per output channel.
+
+    The statistics of the last m batches, `_overwrite_with_gradient/{squares, projections, steps}`, are updated by the
+    backward pass: their gradient IS their new value. `flax.training.train_state.TrainState` puts it there, given
+    `params` and this collection together as its params. Without the collection each batch is normalised by itself.
+
+    Attributes:
+      momentum: the weight of the OLD running quadratic mean.
+      debias: leave the starting value out of it.
+      buffer_size: m; the paper simulates a batch of m times the size.
+      warmup: steps by the batch's own statistics.
+      r_max: limit of r and 1/r.
+
+    The others are those of :class:`bnjax.linen.BatchNorm`.
+
+    Raises:
+      ValueError: see :func:`bnjax.moving_average_batch_norm`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> norm, x = bnjax.linen.MovingAverageBatchNorm(use_running_average=False), jnp.array([[3.0], [1.0]])
+      >>> variables = norm.init(jax.random.key(0), x)
+      >>> batch_stats = variables.pop("batch_stats")
+      >>> def loss(variables):
+      ...     y, updates = norm.apply({**variables, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+      ...     return y[0, 0], updates["batch_stats"]
+      >>> grads, batch_stats = jax.grad(loss, has_aux=True)(variables)
+      >>> print(batch_stats["var"], grads["_overwrite_with_gradient"]["squares"][-2:].ravel())
+      [5.] [0. 5.]
+
+    References:
+      Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838.
+    """
+
+    momentum: Momentum = 0.98
+    debias: bool = True
+    buffer_size: int = 16
+    warmup: int = 100
+    r_max: float = 5.0
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        state = gradient_state(self, RecentStats.start(running.var.shape, self.buffer_size)._asdict())
+        recent = None if state is None else RecentStats(**state)
+        return moving_average_batch_norm(x, running.var, recent, warmup=self.warmup, r_max=self.r_max, **options)

@@ -1,0 +1,57 @@
+"""`PowerNorm` for flax.linen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax.functional import Moments, RunningStats, power_norm
+from bnjax.functional._running import Momentum
+from bnjax.linen._gradient_state import gradient_state
+from bnjax.linen.batch_norm import BatchNorm
+
+
+class PowerNorm(BatchNorm):
+    r"""Power normalization, for Transformers: a running quadratic mean normalises in training and evaluation alike.
+
+    .. math:: y = \frac{x}{\sqrt{\psi^2 + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
+
+    with the running quadratic mean of the batches before: :func:`bnjax.power_norm`. Variables as in
+    :class:`bnjax.linen.BatchNorm`; `batch_stats/var` holds ψ² and `batch_stats/mean` zeros.
+
+    The running statistic of the gradient, `_overwrite_with_gradient/projection`, is updated by the backward pass: its
+    gradient IS its new value. `flax.training.train_state.TrainState` puts it there, given `params` and this collection
+    together as its params. Without the collection the backward pass takes ψ as a constant.
+
+    Attributes:
+      momentum: the weight of the OLD running quadratic mean.
+      gradient_momentum: the weight of the OLD running statistic of the gradient.
+
+    The others are those of :class:`bnjax.linen.BatchNorm`.
+
+    Raises:
+      ValueError: see :func:`bnjax.power_norm`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> norm, x = bnjax.linen.PowerNorm(use_running_average=False), jnp.array([[3.0], [1.0]])
+      >>> variables = norm.init(jax.random.key(0), x)
+      >>> batch_stats = variables.pop("batch_stats")
+      >>> def loss(variables):
+      ...     y, updates = norm.apply({**variables, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+      ...     return y[0, 0], updates["batch_stats"]
+      >>> grads, batch_stats = jax.grad(loss, has_aux=True)(variables)
+      >>> print(f"{batch_stats['var'][0]:.3f} {grads['_overwrite_with_gradient']['projection'][0]:.3f}")
+      1.400 0.150
+
+    References:
+      Shen, Yao, Gholami, Mahoney & Keutzer 2020, https://arxiv.org/abs/2003.07845, algorithm 2.
+    """
+
+    momentum: Momentum = 0.9
+    gradient_momentum: float = 0.9
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        state = gradient_state(self, {"projection": jnp.zeros(running.var.shape, jnp.float32)})
+        projection = None if state is None else state["projection"]
+        return power_norm(x, running.var, projection, gradient_momentum=self.gradient_momentum, **options)

@@ -1,0 +1,60 @@
+"""`BatchRenorm` for flax.nnx."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bnjax.functional import Moments, RunningStats, batch_renorm, renorm_d_max, renorm_r_max
+from bnjax.functional._batch_renorm import Limit, limit_at
+from bnjax.nnx.batch_norm import BatchNorm
+
+
+class BatchRenorm(BatchNorm):
+    r"""Batch renormalization: training by the batch, corrected towards the running averages.
+
+    .. math::
+        y = \Bigl(\frac{x - \mathrm{mean}_B}{\sigma_B} \cdot r + d\Bigr) \cdot \mathrm{scale} + \mathrm{bias}
+
+    with r and d, clipped, from the moments of the batch and the running averages: :func:`bnjax.batch_renorm`.
+    Evaluation and variables are those of :class:`bnjax.nnx.BatchNorm`; where a limit depends on the step, batches are
+    counted in one more, steps.
+
+    Args:
+      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
+      r_max: limit of r and 1/r: a number, or a function from the step 0, 1, ... to it; by default the paper's,
+        :func:`bnjax.functional.renorm_r_max`: 1 for 5000 steps, to 3 at step 40 000.
+      d_max: limit of d, likewise: 0 for 5000 steps, to 5 at step 25 000.
+      fields: those of :class:`bnjax.nnx.BatchNorm`. The default momentum, 0.99, is the paper's.
+
+    Raises:
+      ValueError: as :func:`bnjax.batch_renorm` and :class:`bnjax.nnx.BatchNorm`.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> from flax import nnx
+      >>> norm = bnjax.nnx.BatchRenorm(1, r_max=3.0, d_max=5.0, rngs=nnx.Rngs(0))
+      >>> print(jnp.round(norm(jnp.array([[1.0], [2.0]])), 2).ravel())  # as the running averages, 0 and 1, would
+      [1. 2.]
+
+    References:
+      Ioffe 2017, https://arxiv.org/abs/1702.03275, algorithm 1 and section 4.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        r_max: Limit = renorm_r_max,
+        d_max: Limit = renorm_d_max,
+        **fields: Any,
+    ):
+        self.r_max, self.d_max = r_max, d_max
+        super().__init__(num_features, **fields)
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        r_max, d_max = limit_at(self.r_max, running.steps), limit_at(self.d_max, running.steps)
+        return batch_renorm(x, running.mean, running.var, r_max=r_max, d_max=d_max, **options)
+
+    def _counts_steps(self) -> bool:
+        return callable(self.r_max) or callable(self.d_max) or super()._counts_steps()

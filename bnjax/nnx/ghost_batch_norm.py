@@ -1,0 +1,60 @@
+"""`GhostBatchNorm` for flax.nnx."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bnjax.functional import Moments, RunningStats, ghost_batch_norm
+from bnjax.nnx.batch_norm import BatchNorm
+
+
+class GhostBatchNorm(BatchNorm):
+    r"""Batch normalization by the statistics of virtual batches.
+
+    .. math:: y_i = \frac{x_i - \mathrm{mean}_l}{\sqrt{\mathrm{var}_l + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
+
+    for the examples i of virtual batch l: :func:`bnjax.ghost_batch_norm`. Variables, evaluation and the running
+    averages, which are those of all rows, as in :class:`bnjax.nnx.BatchNorm`.
+
+    Args:
+      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
+      virtual_batch_size: examples per virtual batch; the last one may be smaller.
+      num_virtual_batches: how many, instead, in what each device holds.
+      fields: those of :class:`bnjax.nnx.BatchNorm`. `axis_name` names the mapped axes over which the running averages
+        are those of everybody; y needs no other device.
+
+    Raises:
+      ValueError: not one of the two is given, or as :class:`bnjax.nnx.BatchNorm`.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> from flax import nnx
+      >>> norm = bnjax.nnx.GhostBatchNorm(1, virtual_batch_size=2, rngs=nnx.Rngs(0))
+      >>> print(jnp.round(norm(jnp.array([[1.0], [3.0], [50.0], [70.0]])), 2).ravel())
+      [-1.  1. -1.  1.]
+
+    References:
+      Hoffer, Hubara & Soudry 2017, https://arxiv.org/abs/1705.08741, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        virtual_batch_size: int | None = None,
+        num_virtual_batches: int | None = None,
+        **fields: Any,
+    ):
+        self.virtual_batch_size = virtual_batch_size
+        self.num_virtual_batches = num_virtual_batches
+        super().__init__(num_features, **fields)
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        return ghost_batch_norm(
+            x,
+            virtual_batch_size=self.virtual_batch_size,
+            num_virtual_batches=self.num_virtual_batches,
+            pivot=running.pivot,
+            **options,
+        )

@@ -1,0 +1,97 @@
+"""`SplitBatchNorm` for flax.nnx."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax.nnx.module import first_from
+
+from bnjax.functional._domains import Domain, Domains
+from bnjax.nnx.batch_norm import BatchNorm
+
+
+class SplitBatchNorm(BatchNorm):
+    r"""Batch normalization with statistics of their own for each of several domains.
+
+    .. math::
+        y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
+
+    for a batch of domain d, in training by its own moments, in evaluation by the running averages of the domain:
+    :func:`bnjax.split_batch_norm`. A call updates those of its domain alone. Names and kinds of the variables are those
+    of :class:`bnjax.nnx.BatchNorm`, with one more axis in front: a row for each domain.
+
+    Args:
+      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
+      num_domains: D; two by default, as clean and adversarial images.
+      domain: which one, 0 to D − 1; here, by `set_attributes`, or at the call.
+      shared_affine: one scale and bias for all domains, `[C]`.
+      fields: those of :class:`bnjax.nnx.BatchNorm`.
+
+    Raises:
+      ValueError: a domain that is none of the D, or as :class:`bnjax.nnx.BatchNorm`.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> from flax import nnx
+      >>> norm = bnjax.nnx.SplitBatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+      >>> y = norm(jnp.array([[1.0], [3.0]]), domain=1)
+      >>> print(norm.mean[...].ravel())
+      [0. 1.]
+
+    References:
+      Xie et al. 2020 (AdvProp), https://arxiv.org/abs/1911.09665, section 4; Chang et al. 2019 (DSBN),
+      https://arxiv.org/abs/1906.03950, section 3.2. Both give every domain its own scale and bias.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        num_domains: int = 2,
+        domain: int | None = None,
+        shared_affine: bool = False,
+        **fields: Any,
+    ):
+        self.num_domains, self.domain, self.shared_affine = num_domains, domain, shared_affine
+        super().__init__(num_features, **fields)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        domain: Domain | None = None,
+        mask: jax.Array | None = None,
+        update_stats: bool | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalises x, a batch of one domain.
+
+        Args:
+          x: `[..., C]`.
+          domain: which one, 0 to D − 1; a number, or a traced integer; before what the constructor said.
+          use_running_average, mask, update_stats, scale, bias, residual: see :class:`bnjax.nnx.BatchNorm`.
+
+        Returns:
+          y, of the shape of x; NaN for a traced domain that is none of the D.
+        """
+        here: Any = first_from(domain, self.domain, error_msg=_WHICH_DOMAIN)  # typed as an object
+        return self._forward(
+            x,
+            use_running_average,
+            mask=mask,
+            update_stats=update_stats,
+            scale=scale,
+            bias=bias,
+            residual=residual,
+            domains=self._domains._replace(here=here),
+        )
+
+    @property
+    def _domains(self) -> Domains:
+        return Domains(self.num_domains, shared_affine=self.shared_affine)
+
+
+_WHICH_DOMAIN = "domain must be given to the constructor or at the call, or set by set_attributes: it says whose rows."
