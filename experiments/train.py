@@ -22,6 +22,7 @@ from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 from bnjax.linen import BatchNorm
+from bnjax.tools import inspect
 from experiments import devices
 from experiments.checkpoints import open_checkpoints, restore, save
 from experiments.config import Config, Training, check_split, defaults, validate
@@ -50,6 +51,7 @@ from experiments.stopping import stop_requests
 
 EPSILON = 1e-5
 CURVES = "curves.png"
+LAYERS = "layers.txt"
 
 
 class Session(NamedTuple):
@@ -103,7 +105,7 @@ def fit(
     recorder: Recorder,
     manager: CheckpointManager,
     stop_requested: Callable[[], bool],
-) -> None:
+) -> TrainState:
     """Trains to the end, to --stop-after or to a signal; records, evaluates and saves on the way."""
     files = session.config.files
     first, last = int(state.step), min(session.total, files.stop_after or session.total)
@@ -124,6 +126,7 @@ def fit(
             if stop:
                 break
             since = time.perf_counter()
+    return state
 
 
 def chunk_ends(first: int, last: int, *intervals: int) -> list[int]:
@@ -164,8 +167,18 @@ def run(config: Config) -> str:
             state = restore(manager, state, session.batches)
         header = {"config": asdict(config), **devices.describe(session.mesh)}
         with Recorder(folder, header, resumed_at=int(state.step) if files.resume else None) as recorder:
-            fit(session, state, recorder, manager, stop_requested)
+            state = fit(session, state, recorder, manager, stop_requested)
+    if is_first_process():
+        look(state, folder / LAYERS)
     return summary(folder, session.total, time.perf_counter() - started)
+
+
+def look(state: TrainState, file: Path) -> None:
+    """Writes what the BN layers hold, and shows what is wrong with them, if anything is."""
+    inspection = inspect({"params": state.params, "batch_stats": state.batch_stats}, epsilon=EPSILON)
+    file.write_text(f"{inspection}\n")
+    if any(row["flags"] for row in inspection.rows):
+        print(inspection)
 
 
 def summary(folder: Path, total: int, seconds: float) -> str:
@@ -175,7 +188,7 @@ def summary(folder: Path, total: int, seconds: float) -> str:
     lines = read_lines(folder / METRICS)
     draw(lines, folder / CURVES)
     step = max(line["step"] for line in lines)
-    where = f"{folder}: {METRICS}, {CURVES}, tensorboard/, checkpoints/"
+    where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, tensorboard/, checkpoints/"
     if step < total:
         return f"stopped after {step} of {total} steps in {seconds:.1f} s; --resume goes on; files in {where}"
     accuracy = [line["accuracy"] for line in lines if line["kind"] == "eval"][-1]

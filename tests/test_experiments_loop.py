@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from bnjax.linen import BatchNorm
+from bnjax.tools import decay_mask
 from experiments.config import Config, Hardware, Training, check_split, validate
 from experiments.data import Labelled
 from experiments.devices import data_mesh
@@ -26,7 +27,7 @@ from experiments.loop import (
     make_train_step,
 )
 from experiments.models import ConvNet, max_pool
-from experiments.optimizer import adamw, decay_mask, warmup_cosine
+from experiments.optimizer import adamw, warmup_cosine
 from experiments.pipeline import evaluation_batches, training_batches
 
 BATCH, STEPS = 16, 4
