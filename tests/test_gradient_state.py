@@ -3,6 +3,7 @@
 The new statistics come out as the gradient of the old ones; so a training step is one gradient in both.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,3 +213,39 @@ def test_arguments():
         bnjax.power_norm(x, v, gradient_momentum=1.5)
     with pytest.raises(ValueError, match="projection must have the shape"):
         bnjax.power_norm(x, v, jnp.ones(2))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_devices_that_normalise_apart_share_the_mean_of_their_states(name):
+    """Where that can be seen (`check_vma`) and running averages differ too, nobody's statistics are added up."""
+    x, h = (jnp.asarray(a, jnp.float32) for a in _batches()[0][0])
+    vectors, (running, state) = (jnp.ones(CHANNELS), jnp.zeros(CHANNELS)), _start(name)
+    local = lambda x, h: _functional(name)(x, h, *vectors, running, state)[3]  # noqa: E731
+    mesh, data = Mesh(np.array(jax.devices()), ("data",)), P("data")
+    shared = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(data, data), out_specs=P()))(x, h)
+    each = [local(x[i : i + 2], h[i : i + 2]) for i in range(0, ROWS, 2)]
+    jax.tree.map(lambda a, *b: assert_close(a, np.mean(b, 0), TOLERANCE), shared, *each)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_transformations_agree(name):
+    """vmap, scan and checkpoint around a step with its gradient."""
+    step, (running, state) = _functional(name), _start(name)
+    x, h = (jnp.asarray(a, jnp.float32) for a in _batches()[0][0])
+    scale, bias = jnp.ones(CHANNELS), jnp.zeros(CHANNELS)
+    both = jnp.stack([x, 2 * x - 1])
+    each = jax.tree.map(lambda *a: jnp.stack(a), *(step(x, h, scale, bias, running, state) for x in both))
+    mapped = jax.vmap(step, (0, None, None, None, None, None))(both, h, scale, bias, running, state)
+    scanned = jax.lax.scan(lambda c, x: (c, step(x, h, scale, bias, running, state)), 0, both)[1]
+    for got in (mapped, scanned):
+        jax.tree.map(lambda a, b: assert_close(a, b, TOLERANCE, 1 + np.max(np.abs(b))), got, each)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_linen_makes_the_state_in_any_mode_and_does_without(name):
+    module, x = getattr(bnjax.linen, name)(), jnp.ones((4, CHANNELS))
+    made = [module.init(jax.random.key(0), x, use_running_average=mode) for mode in (False, True)]
+    chex.assert_trees_all_equal(*made)
+    without = {k: v for k, v in made[0].items() if k != OVERWRITE_WITH_GRADIENT}
+    y, _ = module.apply(without, x, use_running_average=False, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, module.apply(made[0], x, use_running_average=False, update_stats=False))

@@ -19,7 +19,14 @@ MOMENTUM = 0.9
 EPSILON = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
+def normalised(x, scale, bias, running, features):
+    """BatchNorm in evaluation."""
+    rows = tuple(a for a in range(x.ndim) if a not in features)
+    mean, var, scale, bias = (jnp.expand_dims(v, rows) for v in (running.mean, running.var, scale, bias))
+    return (x - mean) / jnp.sqrt(var + EPSILON) * scale + bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
     """One row.
 
@@ -30,7 +37,7 @@ class Variant:
     train: Callable[..., Any]  # (x, scale, bias, running, *, axis, mask, axis_name, dtype) -> y, RunningStats
     formula: Callable[..., Any]  # (x, scale, bias, running, features, mask) -> y, mean, var; of whole batches
     evaluate: Callable[..., Any] = bnjax.normalize  # (x, mean, var, scale, bias, *, axis, dtype) -> y
-    evaluation_formula: Callable[..., Any] | None = None  # (x, scale, bias, running, features) -> y; None: BatchNorm's
+    evaluation_formula: Callable[..., Any] = normalised  # (x, scale, bias, running, features) -> y
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # of both modules
     call: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of both modules at the call
     lead: tuple[int, ...] = ()  # axes of the running averages before those of the features, as one per domain
@@ -58,13 +65,6 @@ def averaged(running, x, features, mask):
     return tuple(jnp.where(count < 1e-200, old, MOMENTUM * old + (1 - MOMENTUM) * new) for old, new in pairs)
 
 
-def normalised(x, scale, bias, running, features):
-    """BatchNorm in evaluation."""
-    rows = tuple(a for a in range(x.ndim) if a not in features)
-    mean, var, scale, bias = (jnp.expand_dims(v, rows) for v in (running.mean, running.var, scale, bias))
-    return (x - mean) / jnp.sqrt(var + EPSILON) * scale + bias
-
-
 # GhostBatchNorm -------------------------------------------------------------------------------------------------------
 
 VIRTUAL = 2  # rows of the first axis: a device holds two or more virtual batches, and so does a batch of one device
@@ -73,12 +73,10 @@ VIRTUAL = 2  # rows of the first axis: a device holds two or more virtual batche
 def _ghost(x, scale, bias, running, features, mask):
     """Every virtual batch by itself; the running averages as if there were none."""
     axis = min(set(range(x.ndim)) - set(features))
-    y = []
-    for start in range(0, x.shape[axis], VIRTUAL):
-        part = lambda a: a[(slice(None),) * axis + (slice(start, start + VIRTUAL),)]  # noqa: B023, E731
-        whole = None if mask is None else jnp.broadcast_to(mask, x.shape)
-        y.append(naive.batch_norm(part(x), scale, bias, features, EPSILON, None if mask is None else part(whole)))
-    return jnp.concatenate(y, axis), *averaged(running, x, features, mask)
+    cut = lambda a: jnp.broadcast_to(a, x.shape).reshape(*x.shape[:axis], -1, VIRTUAL, *x.shape[axis + 1 :])  # noqa: E731
+    alone = lambda x, mask: naive.batch_norm(x, scale, bias, features, EPSILON, mask)  # noqa: E731
+    y = jax.vmap(alone, axis, axis)(cut(x), cut(True if mask is None else mask))
+    return y.reshape(x.shape), *averaged(running, x, features, mask)
 
 
 # BatchRenorm ----------------------------------------------------------------------------------------------------------
@@ -130,7 +128,7 @@ def _split_normalised(x, scale, bias, running, features, affine=lambda v: v[DOMA
 # FrozenBatchNorm ------------------------------------------------------------------------------------------------------
 
 
-def _train_frozen(x, scale, bias, running, mask=None, axis_name=None, **options):
+def _train_frozen(x, scale, bias, running, axis_name=None, **options):
     return bnjax.functional.frozen_batch_norm(x, *running[:2], scale, bias, **options), running
 
 
@@ -139,7 +137,8 @@ def _frozen_normalised(x, scale, bias, running, features):
 
 
 def _frozen(x, scale, bias, running, features, mask):
-    return _frozen_normalised(x, scale, bias, running, features), *running[:2]
+    mean = jnp.expand_dims(running.mean, tuple(set(range(x.ndim)) - set(features)))
+    return _frozen_normalised(naive.readable(x, mean, mask), scale, bias, running, features), *running[:2]
 
 
 # PowerNorm, MovingAverageBatchNorm ------------------------------------------------------------------------------------
