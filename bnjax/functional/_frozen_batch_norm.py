@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 from jax import lax
 
+from bnjax.functional import _axes
+from bnjax.functional._batch_norm import _readable as readable
 from bnjax.functional._finish import Activation
 from bnjax.functional._normalize import normalize
 
@@ -18,6 +20,7 @@ def frozen_batch_norm(
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     activation: Activation = None,
     residual: jax.Array | None = None,
@@ -33,6 +36,7 @@ def frozen_batch_norm(
       bias: `[C]`, or None for 0.
       axis: the feature axis or axes.
       epsilon: added to the variance; positive.
+      mask: non-negative weights, broadcastable to x: where they are zero, NaN or Inf is read as the mean.
       dtype: of y; by default the promotion of x, scale and bias.
       activation, residual: y = act(y + residual); see :func:`bnjax.normalize`.
 
@@ -53,7 +57,11 @@ def frozen_batch_norm(
     References:
       He, Zhang, Ren & Sun 2016, https://arxiv.org/abs/1512.03385, appendix A: "the BN layers are fixed".
     """
+    x = _axes.as_input(x)
+    layout = _axes.layout_of(x, axis)
+    dtype = _axes.output_dtype(dtype, x, scale, bias)
     mean, var, scale, bias = lax.stop_gradient((mean, var, scale, bias))
+    x = readable(x, _axes.as_mask(mask, x), layout.expand(_axes.as_vector("mean", mean, layout)))
     return normalize(
         x, mean, var, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype, activation=activation, residual=residual
     )

@@ -40,7 +40,8 @@ def ghost_batch_norm(
     y needs no word from other devices: virtual batches are cut from the examples that this program holds. Inside
     `shard_map`, with one virtual batch per device, that is batch normalization per device. Under plain `jit`, with as
     many virtual batches as shards, XLA exchanges no more than whether any of them needs the guard of
-    :func:`bnjax.batch_moments`. Virtual batches of several devices are `bnjax.batch_norm` with the group of devices in
+    :func:`bnjax.batch_moments`; others may lie across shards too, but not with Explicit mesh axes, where JAX refuses to
+    cut an array so. Virtual batches of several devices are `bnjax.batch_norm` with the group of devices in
     `axis_name`.
 
     Args:
@@ -55,8 +56,8 @@ def ghost_batch_norm(
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
       pivot: `[C]`, a guess of the mean, equal on all devices; it changes the rounding, not the value.
-      axis_name: name, or names, of the mapped axes over which the returned moments are those of all devices: one
-        all-reduce, which y does not wait for.
+      axis_name: name, or names, of the mapped axes over which the returned moments are those of all devices: two
+        all-reduces of a few numbers per channel, for which y does not wait (:func:`bnjax.pool_moments`).
       axis_index_groups: groups of indices along `axis_name`, of one size, that share these moments.
       dtype: of y; by default the promotion of x, scale and bias.
       activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.

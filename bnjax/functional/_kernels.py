@@ -91,8 +91,13 @@ def affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
     return (x.astype(K.dtype) - K) * a + c
 
 
+@recompute
 def tangent_affine(x: jax.Array, K: jax.Array, t_a: jax.Array, t_c: jax.Array) -> jax.Array:
-    """(x − K)·t_a + t_c, for the derivative: what counts is its transpose, Σdy·(x − K) and Σdy over the rows."""
+    """(x − K)·t_a + t_c, for the derivative: what counts is its transpose, Σdy·(x − K) and Σdy over the rows.
+
+    Recomputed twice over: inside the branches, lest they keep x − K; around them, for a branch hands on what it keeps,
+    x itself, as a copy. A scan over ten layers needs 30 activations of memory so, 50 without the second.
+    """
     return _if_pivoted(recompute(affine), recompute(_plain_affine), x, K, t_a, t_c)
 
 

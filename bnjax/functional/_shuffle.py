@@ -17,13 +17,13 @@ def shuffle(rows: Tree, key: jax.Array, *, axis_name: _collectives.AxisName = No
     .. math:: \mathrm{shuffle}(x)_i = x_{\pi(i)}
 
     with a uniformly random permutation π of the rows of the whole batch, drawn from `key`. In contrastive learning a
-    network can tell the positive pair by the statistics that both were normalised with. Layers that normalise per device
-    (`axis_name=None` in the encoder) or per virtual batch (:class:`bnjax.linen.GhostBatchNorm`) then leave no such
-    trace: `keys = unshuffle(encoder(shuffle(x, key)), key)`.
+    network can tell the positive pair by the statistics that both were normalised with. Layers that normalise per
+    device (`axis_name=None` in the encoder) or per virtual batch (:class:`bnjax.linen.GhostBatchNorm`) then leave no
+    such trace: `keys = unshuffle(encoder(shuffle(x, key)), key)`.
 
     Args:
-      rows: `[N, ...]`, an array or a tree of them (images and a mask, say) whose first axes are the rows of this device;
-        all are permuted alike.
+      rows: `[N, ...]`, an array or a tree of them (images and a mask, say) whose first axes are the rows of this
+        device; all are permuted alike.
       key: a key of `jax.random`, the same on all devices and new in every step.
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that the batch is spread over; one
         all-gather. None on one device, and under plain `jit`, where the rows of the whole array are permuted.

@@ -28,10 +28,11 @@ class BatchNorm(nn.Module):
     averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are Flax's: `params/{scale, bias}`,
     `batch_stats/{mean, var}`, each of the feature shape; checkpoints of either load in the other.
 
-    The running mean is the pivot of the sums (where devices share it for certain: plain jit, shard_map(check_vma=True)),
-    so that in a steady state training reads x once for its statistics and makes one all-reduce forward and one backward,
-    whatever the data. A batch more than 4 standard deviations from the pivot costs one more of each. At mean/std = r that ends after about ln(r/4) / ln(1/momentum) steps: 9 at r = 10 and
-    momentum 0.9, 92 at momentum 0.99, 550 at r = 1000; never begun where r < 4, as behind most convolutions.
+    The running mean is the pivot of the sums (where all devices share it for certain: plain jit and
+    shard_map(check_vma=True)), so that in a steady state training reads x once for its statistics and makes one
+    all-reduce forward and one backward, whatever the data. A batch more than 4 standard deviations from the pivot costs
+    one more of each. At mean/std = r that ends after about ln(r/4) / ln(1/momentum) steps: 9 at r = 10 and momentum
+    0.9, 92 at momentum 0.99, 550 at r = 1000. It never begins where r < 4, as behind most convolutions.
 
     Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
     call updates the running ones, and an Optax mask whether scale and bias train.
@@ -145,8 +146,8 @@ class BatchNorm(nn.Module):
         """y by the statistics of the batch, and the moments for the running averages. No axis name during `init`."""
         return batch_norm(x, pivot=running.pivot, **options)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """y by the running averages."""
+    def _normalize(self, x: jax.Array, running: RunningStats, *, mask: Any, **options: Any) -> jax.Array:
+        """y by the running averages, for which a mask need not matter."""
         return normalize(x, running.mean, running.var, **options)
 
     def _counts_steps(self) -> bool:
@@ -176,7 +177,7 @@ class BatchNorm(nn.Module):
         ending = Ending(self._affine(x, shape, scale, bias, domains.of_affine), self.activation, residual)
         options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
         if use_running_average:
-            return ending.finish(self._normalize(x, running, **options))
+            return ending.finish(self._normalize(x, running, mask=mask, **options))
         if not self.is_initializing():
             options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
         y, moments = self._batch_norm(x, running, mask=mask, **options)

@@ -52,13 +52,14 @@ class FrozenBatchNorm(BatchNorm):
 
         Args:
           x: `[..., C]`.
-          use_running_average, mask, update_stats: what a model says to a `BatchNorm`; without effect.
+          use_running_average, update_stats: what a model says to a `BatchNorm`; without effect.
+          mask: as in :func:`bnjax.frozen_batch_norm`.
           residual: of the shape of x, added before the activation.
 
         Returns:
           y, of the shape of x.
         """
-        return self._forward(x, True, mask=None, update_stats=False, scale=None, bias=None, residual=residual)
+        return self._forward(x, True, mask=mask, update_stats=False, scale=None, bias=None, residual=residual)
 
     def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
         return frozen_batch_norm(x, running.mean, running.var, **options)

@@ -57,7 +57,14 @@ class MovingAverageBatchNorm(BatchNorm):
     warmup: int = 100
     r_max: float = 5.0
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+    def _recent(self, running: RunningStats) -> RecentStats | None:
         state = gradient_state(self, RecentStats.start(running.var.shape, self.buffer_size)._asdict())
-        recent = None if state is None else RecentStats(**state)
-        return moving_average_batch_norm(x, running.var, recent, warmup=self.warmup, r_max=self.r_max, **options)
+        return None if state is None else RecentStats(**state)
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        options |= dict(warmup=self.warmup, r_max=self.r_max)
+        return moving_average_batch_norm(x, running.var, self._recent(running), **options)
+
+    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        self._recent(running)  # `init` makes it in evaluation too
+        return super()._normalize(x, running, **options)

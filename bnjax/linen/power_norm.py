@@ -51,7 +51,14 @@ class PowerNorm(BatchNorm):
     momentum: Momentum = 0.9
     gradient_momentum: float = 0.9
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+    def _projection(self, running: RunningStats) -> jax.Array | None:
         state = gradient_state(self, {"projection": jnp.zeros(running.var.shape, jnp.float32)})
-        projection = None if state is None else state["projection"]
-        return power_norm(x, running.var, projection, gradient_momentum=self.gradient_momentum, **options)
+        return None if state is None else state["projection"]
+
+    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        options |= dict(gradient_momentum=self.gradient_momentum)
+        return power_norm(x, running.var, self._projection(running), **options)
+
+    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        self._projection(running)  # `init` makes it in evaluation too
+        return super()._normalize(x, running, **options)

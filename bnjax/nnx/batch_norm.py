@@ -203,8 +203,8 @@ class BatchNorm(nnx.Module):
         """y by the statistics of the batch, and the moments for the running averages."""
         return batch_norm(x, pivot=running.pivot, **options)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """y by the running averages."""
+    def _normalize(self, x: jax.Array, running: RunningStats, *, mask: Any, **options: Any) -> jax.Array:
+        """y by the running averages, for which a mask need not matter."""
         return normalize(x, running.mean, running.var, **options)
 
     def _counts_steps(self) -> bool:
@@ -238,7 +238,7 @@ class BatchNorm(nnx.Module):
         ending = Ending(self._affine(x, layout, running, scale, bias, domains.of_affine), self.activation, residual)
         options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
         if use_running_average:
-            return ending.finish(self._normalize(x, running, **options))
+            return ending.finish(self._normalize(x, running, mask=mask, **options))
         options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
         y, moments = self._batch_norm(x, running, mask=mask, **options)
         if self.update_stats if update_stats is None else update_stats:
