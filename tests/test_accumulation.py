@@ -126,7 +126,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [c.name for c in SHARDED if c.dtype == "float32"])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_normalise_and_everybody_is_averaged(way, case, api):

@@ -159,6 +159,7 @@ def test_runs_are_numbered_and_resume_takes_the_latest(tmp_path: Path) -> None:
     assert run_folder(tmp_path, out=tmp_path / "0001", resume=True) == tmp_path / "0001"
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(whole: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -26,7 +26,7 @@ def _pivots(mean):
     return dict(first=None, zero=jnp.zeros_like(mean), steady=mean + 0.01, behind=0.9 * mean)
 
 
-@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("jitted", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pivot", ["first", "zero", "steady", "behind"])
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

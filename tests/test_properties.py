@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import bnjax
 from cases import assert_close, unit
 
-settings.register_profile("laws", deadline=None, max_examples=25)
+settings.register_profile("laws", deadline=None, max_examples=12)
 settings.load_profile("laws")
 
 U = unit("float32")
