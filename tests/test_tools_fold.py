@@ -14,6 +14,8 @@ import bnjax
 import tools_models as zoo
 from bnjax import tools
 
+pytestmark = pytest.mark.slow  # whole networks, traced and compiled many times
+
 Norm = functools.partial(bnjax.linen.BatchNorm, use_running_average=True)
 FlaxNorm = functools.partial(nn.BatchNorm, use_running_average=True)
 Conv = functools.partial(nn.Conv, use_bias=False)

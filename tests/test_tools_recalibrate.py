@@ -15,6 +15,8 @@ import cases
 import tools_models as zoo
 from bnjax import tools
 
+pytestmark = pytest.mark.slow  # whole networks, traced and compiled many times
+
 # Float32 layers between the input and a deep layer's statistics: some ten roundings of sums over at most 2^10 rows.
 TOLERANCE = 100 * cases.unit("float32")
 
@@ -61,7 +63,6 @@ def evaluated(apply_fn, variables, batches):
     return {layer: {"mean": m.mean, "var": m.var} for layer, m in moments.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", zoo.LINEN_NORMS)
 def test_layerwise_is_a_fixed_point(norm, data):
     """What evaluation meets is what the layers hold, in all of them; after one pass in the first of them."""
@@ -76,7 +77,6 @@ def test_layerwise_is_a_fixed_point(norm, data):
         close(one_pass["batch_stats"]["BatchNorm_1"], met["BatchNorm_1"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_nnx(norm, layerwise, data):
@@ -242,7 +242,6 @@ def test_from_a_checkpoint(data, tmp_path):
     zoo.assert_trees_equal(*results)
 
 
-@pytest.mark.slow
 def test_progress(data, capsys):
     model, variables = zoo.linen_net()
     done = []
