@@ -3,7 +3,7 @@
 Everything that touches all rows of x is here; the rest of the package works on per-channel vectors. K is the pivot:
 a per-channel vector, of the shape that broadcasts against x, near the mean of x or zero. On TPU and GPU subtracting it
 inside a sum is free, for these passes are bound by memory. On the CPU it takes the sum off XLA's library path: forward
-and backward of a layer take 1.5 to 1.7 times the time of four plain passes, 1.1 to 1.2 with plain sums. So there a
+and backward of a layer take about 1.6 times the time of four plain passes, 1.2 with plain sums. So there a
 branch looks whether any K differs from zero before it pays (experiments/bench/pivot.py).
 """
 
