@@ -39,7 +39,8 @@ def batch_norm(
     with the moments of :func:`bnjax.batch_moments`. One all-reduce forward, one backward. Exact from the first batch:
     in float32 the variance is right to 1e-5 for \|mean\|/std up to 1e4 and more, values up to 1e30 are standardised, a
     constant channel gives `bias`. A batch that lies more than 4 standard deviations from `pivot` costs one more read of
-    x and one more all-reduce; pass the running mean as pivot and only the first steps of a training run are such.
+    x and one more all-reduce; pass the running mean as pivot and only the first steps of a training run are such (where
+    a pivot counts, see :func:`bnjax.batch_moments`; elsewhere every step on such data).
 
     Args:
       x: `[..., C]`, any real dtype.

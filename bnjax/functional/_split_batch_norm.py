@@ -63,7 +63,7 @@ def split_batch_norm(
 
     References:
       Xie et al. 2020 (AdvProp), https://arxiv.org/abs/1911.09665, section 4; Chang et al. 2019 (DSBN),
-      https://arxiv.org/abs/1906.03950, section 3.2.
+      https://arxiv.org/abs/1906.03950.
     """
     shape = _axes.layout_of(jnp.asarray(x), axis).shape
     return batch_norm(
@@ -119,7 +119,7 @@ def split_normalize(
       [[2.]]
 
     References:
-      Chang et al. 2019, https://arxiv.org/abs/1906.03950, section 3.2.
+      Chang et al. 2019, https://arxiv.org/abs/1906.03950.
     """
     shape = _axes.layout_of(jnp.asarray(x), axis).shape
     mean, var = at_domain((jnp.asarray(mean), jnp.asarray(var)), domain)
@@ -149,7 +149,7 @@ def update_split_running(running: RunningStats, moments: Moments, domain: Domain
       [0. 1.]
 
     References:
-      Chang et al. 2019, https://arxiv.org/abs/1906.03950, section 3.2.
+      Chang et al. 2019, https://arxiv.org/abs/1906.03950.
     """
     return set_domain(running, domain, update_running(at_domain(running, domain), moments, **options))
 
