@@ -93,7 +93,7 @@ def offset_init(scale_init: Initializer, offset: float) -> Initializer:
 def _fitting(name: str, v: jax.Array | None, x: jax.Array, layout: _axes.Layout) -> jax.Array | None:
     if v is None:
         return None
-    v = jnp.asarray(v)
+    v = _axes.as_array(name, v)
     fits = v.ndim == x.ndim and all(m in (1, n) for m, n in zip(v.shape, x.shape, strict=True))
     if v.shape != layout.shape and not fits:
         per_example = tuple(1 if a in layout.rows[1:] else n for a, n in enumerate(x.shape))

@@ -6,11 +6,14 @@ have exactly the feature shape (a wrong channel count is refused, never broadcas
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+NamedTupleOf = TypeVar("NamedTupleOf", bound=Any)
 
 
 class Layout(NamedTuple):
@@ -27,7 +30,9 @@ class Layout(NamedTuple):
 
 def layout_of(x: jax.Array, axis: int | Sequence[int]) -> Layout:
     """The layout of x with feature axis or axes `axis`; raises ValueError if they do not fit x."""
-    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, (Sequence, np.ndarray)) and not isinstance(axis, str) else (axis,)
+    if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes):
+        raise TypeError(f"axis must be an integer or a sequence of integers, known when the call is traced; got {axis!r}.")
     if not axes:
         raise ValueError(f"axis names the feature axis or axes and must not be empty; got axis={axis!r}.")
     for a in axes:
@@ -43,42 +48,108 @@ def layout_of(x: jax.Array, axis: int | Sequence[int]) -> Layout:
     return Layout(features, rows, tuple(x.shape[a] for a in features))
 
 
+def as_array(name: str, a: Any) -> jax.Array:
+    """An argument as an array of numbers; those of less than a byte, and float8, for which JAX has no arithmetic, wider.
+
+    Raises TypeError for what holds no numbers: None, text, objects, dates, ragged lists, keys, shapes without values.
+    """
+    problem, found = None, type(a).__name__
+    if not isinstance(a, (str, bytes, jax.ShapeDtypeStruct)):
+        try:
+            a = jnp.asarray(a)
+            found = f"dtype {a.dtype}"
+            if jnp.issubdtype(a.dtype, jnp.number) or a.dtype == bool:
+                return a.astype(jnp.float32) if _is_narrow(a.dtype) else a
+        except (TypeError, ValueError) as error:
+            problem = error
+    raise TypeError(f"{name} must be an array of numbers; got {found}. Convert it, or look for a mix-up.") from problem
+
+
+def _is_narrow(dtype: np.dtype) -> bool:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits < 16
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
+
+
+def _known(a: Any) -> np.ndarray[Any, Any] | None:
+    """The values of an argument given as Python numbers or NumPy array, inside a trace as outside.
+
+    None of a jax.Array: its values are data, of which a traced function knows nothing. Where such data are out of range
+    the result is NaN, in a trace and outside of it alike; and no eager call waits for a device to look at them.
+    """
+    return None if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(a)) else np.asarray(a)
+
+
 def as_input(x: jax.Array) -> jax.Array:
-    """x as a real floating-point array; integers and bools become the default float type."""
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    """x as a floating-point or complex array; integers and bools become float32."""
+    x = as_array("x", x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def as_real_input(x: jax.Array) -> jax.Array:
+    """The same, for what has no complex form."""
+    x = as_input(x)
+    if jnp.iscomplexobj(x):
         raise TypeError(f"x must be real; got dtype {x.dtype}. Normalise x.real and x.imag as two channels instead.")
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x
 
 
-def as_vector(name: str, vector: jax.Array, layout: Layout) -> jax.Array:
-    """A per-channel argument, checked to have exactly the feature shape."""
+def as_vector(name: str, vector: jax.Array, layout: Layout, x: jax.Array | None = None) -> jax.Array:
+    """A per-channel argument, checked to have exactly the feature shape; complex only where an x is given that is."""
     if vector is None:
         raise ValueError(f"{name} is needed here, of shape {layout.shape}; got None.")
-    vector = jnp.asarray(vector)
+    vector = as_array(name, vector)
     if vector.shape != layout.shape:
         raise ValueError(
             f"{name} must have the shape of the feature axes {layout.features} of x, {layout.shape}; "
             f"got {vector.shape}. Nothing is broadcast here: check the channel count, or the axis argument."
         )
-    if not (jnp.issubdtype(vector.dtype, jnp.floating) or jnp.issubdtype(vector.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be real numbers; got dtype {vector.dtype}.")
+    complex_fits = x is not None and jnp.iscomplexobj(x)
+    if not jnp.issubdtype(vector.dtype, jnp.number) or (jnp.iscomplexobj(vector) and not complex_fits):
+        raise TypeError(f"{name} must be numbers, and real ones unless x is complex; got dtype {vector.dtype}.")
     return vector
 
 
-def as_optional(name: str, vector: jax.Array | None, layout: Layout) -> jax.Array | None:
+def of_one_shape(what: str, *statistics: NamedTupleOf) -> tuple[NamedTupleOf, ...]:
+    """Tuples of per-channel arrays, checked to have one shape in all their parts: none of them is broadcast."""
+    for s in statistics:
+        if not hasattr(s, "_fields"):
+            raise TypeError(f"{what} must be tuples such as bnjax.Moments(mean, var, count); got {type(s).__name__}.")
+    named = [{k: v if v is None else as_array(k, v) for k, v in s._asdict().items()} for s in statistics]
+    shapes = [v.shape for s in named for v in s.values() if v is not None]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"{what} must have one feature shape in all their parts; got {shapes}. Nothing is broadcast.")
+    return tuple(type(s)(**arrays) for s, arrays in zip(statistics, named, strict=True))
+
+
+def as_optional(name: str, vector: jax.Array | None, layout: Layout, x: jax.Array | None = None) -> jax.Array | None:
     """The same, for an argument that may be left out."""
-    return None if vector is None else as_vector(name, vector, layout)
+    return None if vector is None else as_vector(name, vector, layout, x)
+
+
+def as_variance(var: jax.Array, layout: Layout) -> jax.Array:
+    """A running variance; NaN in a channel where it is none (negative, infinite), so that its output is NaN too."""
+    vector, known = as_vector("var", var, layout), _known(var)
+    if known is not None and not np.all((known >= 0) & (known < np.inf)):
+        raise ValueError(
+            f"var holds variances, which must be finite and not negative; got {known!r}. Such a running variance is "
+            "broken: tools.inspect shows the layers, tools.recalibrate gives new ones."
+        )
+    return jnp.where((vector >= 0) & (vector < jnp.inf), vector, jnp.nan)
 
 
 def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """The mask at the rank of x, still unbroadcast (sums over it stay small)."""
+    """The mask at the rank of x, still unbroadcast (sums over it stay small). A weight that is none becomes NaN."""
     if mask is None:
         return None
-    _check_weights(mask)
-    mask = jnp.asarray(mask)
+    known, mask = _known(mask), as_array("mask", mask)
+    if jnp.iscomplexobj(mask):
+        raise TypeError(f"mask must be bool, integer or floating weights; got dtype {mask.dtype}.")
+    if known is not None and not np.all((known >= 0) & (known < np.inf)):
+        raise ValueError(
+            "mask holds weights, which must be finite and not negative; got "
+            f"{known[~((known >= 0) & (known < np.inf))].ravel()[:4]}. Give weight 0 to what should not count."
+        )
     shape = (1,) * (x.ndim - mask.ndim) + mask.shape
     fits = len(shape) == x.ndim and all(m in (1, n) for m, n in zip(shape, x.shape, strict=True))
     if not fits:
@@ -86,38 +157,57 @@ def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
             f"mask must be broadcastable to x; got mask {mask.shape} for x {x.shape}. "
             "A mask with one weight per row needs a trailing axis: mask[..., None]."
         )
-    return (mask if mask.dtype == bool else jnp.where(mask > 0, mask, 0)).reshape(shape)
+    if known is not None or jnp.issubdtype(mask.dtype, jnp.unsignedinteger) or mask.dtype == bool:
+        return mask.reshape(shape)
+    return jnp.where((mask >= 0) & (mask < jnp.inf), mask, jnp.nan).reshape(shape)
 
 
-def _check_weights(mask: Any) -> None:
-    """Refuses what is no weight. The values of a traced mask are not known: there a negative one or NaN counts as 0."""
-    if jnp.issubdtype(jnp.result_type(mask), jnp.complexfloating):
-        raise TypeError(f"mask must be bool, integer or floating weights; got dtype {jnp.result_type(mask)}.")
-    known = not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
-    if known and not np.all(np.asarray(mask) >= 0):
-        raise ValueError("mask holds weights, which must be non-negative numbers; got a negative one or NaN.")
+def as_number(name: str, value: Any, least: float, most: float = math.inf, advice: str = "") -> float:
+    """An option as a float; raises unless it is one number, known when the call is traced, finite and in the range."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a Python number, known when the call is traced; got a traced value. {advice}")
+    if isinstance(value, (str, bytes, bool)) or not np.isrealobj(value) or np.size(value) != 1 or np.ndim(value):
+        raise TypeError(f"{name} must be one real number; got {value!r}. {advice}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be one real number; got {value!r}. {advice}") from error
+    if not (least <= number <= most and math.isfinite(number)):
+        raise ValueError(f"{name} must be finite and in [{least:g}, {most:g}]; got {value!r}. {advice}")
+    return number
 
 
-def check_epsilon(epsilon: float) -> float:
-    """epsilon as a float; raises ValueError unless it is positive and finite."""
-    if isinstance(epsilon, jax.core.Tracer):
-        raise ValueError("epsilon must be a Python number, known when the function is traced; got a traced value.")
-    value = float(epsilon)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(
-            f"epsilon must be positive and finite, or a constant channel divides by zero; got {epsilon!r}. "
-            "The usual value is 1e-5."
-        )
-    return value
+def as_integer(name: str, value: Any, least: int) -> int:
+    """An option as an integer, of at least so much."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        error = ValueError if isinstance(value, (int, float, jax.core.Tracer)) else TypeError
+        raise error(f"{name} must be an integer of at least {least}, known when the call is traced; got {value!r}.")
+    return int(value)
 
 
-def check_momentum(momentum: jax.Array | float) -> None:
-    """Raises ValueError unless momentum, the weight of the old value, is in [0, 1] (a traced one is trusted)."""
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:
-        raise ValueError(
-            f"momentum is the weight of the OLD running value and must be in [0, 1]; got {momentum!r}. "
-            "PyTorch's momentum m is the weight of the new one: pass 1 - m."
-        )
+def check_epsilon(epsilon: float, dtype: np.dtype) -> float:
+    """epsilon as a float; raises ValueError unless it is positive, and 1/√ε and its derivative ε^(−3/2)/2 are numbers."""
+    least = float(jnp.finfo(dtype).max) ** (-2 / 3)
+    advice = f"Statistics of {dtype} need that where a channel is constant, or they divide by zero; 1e-5 is usual."
+    return as_number("epsilon", epsilon, least, advice=advice)
+
+
+_OLD = "It is the weight of the OLD running value; PyTorch's is the weight of the new one: pass 1 - m."
+
+
+def as_momentum(momentum: jax.Array | float) -> jax.Array | float:
+    """momentum, the weight of the old value, in [0, 1]; raises ValueError where it is known to be something else."""
+    if not isinstance(momentum, jax.Array):
+        return as_number("momentum", momentum, 0, 1, _OLD)
+    if momentum.ndim or jnp.iscomplexobj(momentum):
+        raise ValueError(f"momentum must be one real number; got {momentum.dtype} of shape {momentum.shape}. {_OLD}")
+    return bounded_momentum(momentum)
+
+
+def bounded_momentum(momentum: jax.Array) -> jax.Array:
+    """A computed momentum: one that rounding took out of [0, 1] is put back, another becomes NaN."""
+    nearest = jnp.clip(momentum, 0, 1)
+    return jnp.where(jnp.abs(momentum - nearest) < 0.01, nearest, jnp.nan)
 
 
 def statistics_dtype(*arrays: jax.Array | None) -> np.dtype:
@@ -128,8 +218,13 @@ def statistics_dtype(*arrays: jax.Array | None) -> np.dtype:
 
 def output_dtype(dtype: jax.typing.DTypeLike | None, *arrays: jax.Array | None) -> np.dtype:
     """`dtype`, or else the promotion of the arrays that are given (Flax's rule)."""
-    if dtype is not None:
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype is that of the output and must be floating; got {jnp.dtype(dtype)}.")
-        return jax.dtypes.canonicalize_dtype(dtype)
-    return jnp.result_type(*[a for a in arrays if a is not None])
+    promoted = jnp.result_type(*[a for a in arrays if a is not None])
+    if dtype is None:
+        return promoted
+    of_complex = jnp.issubdtype(promoted, jnp.complexfloating)
+    if not jnp.issubdtype(dtype, jnp.complexfloating if of_complex else jnp.floating):
+        raise TypeError(
+            f"dtype is that of the output and must be {'complex' if of_complex else 'floating'} where the input is "
+            f"{promoted}; got {jnp.dtype(dtype)}."
+        )
+    return jax.dtypes.canonicalize_dtype(dtype)

@@ -10,7 +10,16 @@ import numpy as np
 
 from bnjax.functional import _axes, _collectives, _kernels
 from bnjax.functional._finish import Activation, as_residual, finish, in_place_of
-from bnjax.functional._moments import Centred, Moments, Reduction, centred_moments, moments_tangent, start_pivot
+from bnjax.functional._moments import (
+    Centred,
+    Moments,
+    Reduction,
+    centred_moments,
+    moments_of,
+    moments_tangent,
+    start_pivot,
+)
+from bnjax.functional._one_row import warn_of_one_row
 
 # A variance below this part of epsilon changes nothing in y, so the guard need not sum again for it: a channel that is
 # constant would otherwise set it off in every step.
@@ -43,7 +52,7 @@ def batch_norm(
     a pivot counts, see :func:`bnjax.batch_moments`; elsewhere every step on such data).
 
     Args:
-      x: `[..., C]`, any real dtype.
+      x: `[..., C]`, any dtype. A complex x has a complex mean and the real variance E\|x − mean\|², as in Flax.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
       axis: the feature axis or axes; all others are reduced over.
@@ -65,7 +74,7 @@ def batch_norm(
 
     Raises:
       ValueError: a shape, axis, group or epsilon that does not fit, or an `axis_name` that is not bound.
-      TypeError: complex x or mask, or a dtype that is not floating.
+      TypeError: a complex mask, complex vectors for a real x, or a dtype that cannot hold the output.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -87,12 +96,13 @@ def batch_norm(
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
     mask = _axes.as_mask(mask, x)
     scale, bias, pivot = (
-        _axes.as_optional(name, v, layout) for name, v in (("scale", scale), ("bias", bias), ("pivot", pivot))
+        _axes.as_optional(name, v, layout, x) for name, v in (("scale", scale), ("bias", bias), ("pivot", pivot))
     )
-    epsilon = _axes.check_epsilon(epsilon)
+    epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x))
     residual = as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     reduction = Reduction(layout, group, _FLOOR * epsilon)
+    warn_of_one_row(x.shape, layout, group)
     return _batch_norm(reduction, epsilon, dtype, activation, x, scale, bias, mask, pivot, residual)
 
 
@@ -109,7 +119,8 @@ def _batch_norm(
     pivot: jax.Array | None,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
-    y, s = _standardise(reduction, epsilon, x, scale, bias, mask, start_pivot(x, pivot, reduction.layout))
+    standardise = _standardised if jnp.iscomplexobj(x) else _standardise  # of complex x by autodiff of its moments
+    y, s = standardise(reduction, epsilon, x, scale, bias, mask, start_pivot(x, pivot, reduction.layout))
     if activation is None:  # a sum keeps nothing for its derivative
         return finish(y.astype(dtype), residual, None), s.moments()
 
@@ -122,8 +133,7 @@ def _batch_norm(
     return finished(y, x, vectors, residual), s.moments()
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _standardise(
+def _standardised(
     reduction: Reduction,
     epsilon: float,
     x: jax.Array,
@@ -133,8 +143,11 @@ def _standardise(
     K: jax.Array,
 ) -> tuple[jax.Array, Centred]:
     """y = (x − K)·a + c with a = scale·rstd and c = bias − e·a, in the dtype of the statistics."""
-    s = centred_moments(reduction, x, mask, K)
+    s = moments_of(reduction, x, mask, K)
     return _affine(reduction, x, mask, s, _coefficients(epsilon, x, mask, s, scale, bias)), s
+
+
+_standardise = jax.custom_jvp(_standardised, nondiff_argnums=(0, 1))
 
 
 def _affine(

@@ -106,12 +106,12 @@ def batch_renorm(
     Differences: the paper (and TensorFlow) averages the standard deviation. Here it is the root of the averaged
     variance, so that variables, checkpoints and evaluation are those of batch normalization.
     """
-    x = _axes.as_input(x)
+    x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)
     _check_limits(r_max, d_max)
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
-    reduction = Reduction(layout, group, FLOOR * _axes.check_epsilon(epsilon))
-    running = RunningStats(_axes.as_vector("mean", mean, layout), _axes.as_vector("var", var, layout))
+    reduction = Reduction(layout, group, FLOOR * _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)))
+    running = RunningStats(_axes.as_vector("mean", mean, layout), _axes.as_variance(var, layout))
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     arrays = dict(x=x, mask=_axes.as_mask(mask, x), residual=as_residual(residual, x))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax.functional._axes import as_array
+
 Tree = TypeVar("Tree")
 Domain = jax.Array | int
 
@@ -30,14 +32,15 @@ def set_domain(stored: Tree, domain: Domain, new: Tree) -> Tree:
 
 
 def _index(domain: Domain, number: int) -> jax.Array:
-    if jnp.ndim(domain) or not jnp.issubdtype(jnp.result_type(domain), jnp.integer):
+    index = as_array("domain", domain)
+    if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(
             "domain must be one integer for the whole batch, from 0 on, a traced one too; "
-            f"got {jnp.result_type(domain)} of shape {jnp.shape(domain)}. Call the layer once for each domain's rows."
+            f"got {index.dtype} of shape {index.shape}. Call the layer once for each domain's rows."
         )
     if not isinstance(domain, jax.core.Tracer) and not 0 <= int(np.asarray(domain)) < number:
         raise ValueError(f"domain must be one of the {number} domains 0 to {number - 1}; got {domain}.")
-    return jnp.asarray(domain, jnp.int32)
+    return index.astype(jnp.int32)
 
 
 class Domains(NamedTuple):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.functional._affine import Affine
+from bnjax.functional._axes import as_array
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
@@ -15,7 +16,7 @@ def as_residual(residual: jax.Array | None, x: jax.Array) -> jax.Array | None:
     """The residual as an array of the shape of x; raises ValueError for another shape."""
     if residual is None:
         return None
-    residual = jnp.asarray(residual)
+    residual = as_array("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual is added position by position and must have the shape of x, {x.shape}; got {residual.shape}. "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._batch_norm import batch_norm
 from bnjax.functional._finish import Activation, as_residual
-from bnjax.functional._merge import pool_moments
+from bnjax.functional._merge import pool_moments, squared
 from bnjax.functional._moments import Moments
 
 
@@ -91,7 +91,7 @@ def ghost_batch_norm(
     _collectives.group_of(axis_name, axis_index_groups, x.shape)  # before the work, and says what x is
     arrays = dict(x=x, mask=_axes.as_mask(mask, x), residual=as_residual(residual, x))
     vectors = dict(scale=scale, bias=bias, pivot=pivot)
-    vectors = {name: _axes.as_optional(name, v, layout) for name, v in vectors.items()}
+    vectors = {name: _axes.as_optional(name, v, layout, x) for name, v in vectors.items()}
     dtype = _axes.output_dtype(dtype, x, vectors["scale"], vectors["bias"])
     side_by_side = partial(_side_by_side, layout, epsilon=epsilon, dtype=dtype, activation=activation)
     parts, start, cut = [], 0, layout.rows[0]
@@ -157,4 +157,4 @@ def _merged(parts: list[Moments], lead: int) -> Moments:
     share = counts / jnp.expand_dims(jnp.where(count > 0, count, 1), lead)
     mean = (share * means).sum(lead)
     step = means - jnp.expand_dims(mean, lead)
-    return Moments(mean, (share * (variances + step * step)).sum(lead), count)
+    return Moments(mean, (share * (variances + squared(step))).sum(lead), count)

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from bnjax.functional import _collectives
+from bnjax.functional import _axes, _collectives
 from bnjax.functional._moments import Moments
+
+
+def squared(z: jax.Array) -> jax.Array:
+    """|z|², real also of a complex z."""
+    return (z * z.conj()).real
 
 
 def merge_moments(first: Moments, *others: Moments) -> Moments:
@@ -35,14 +40,9 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
     References:
       Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
     """
-    merged = Moments(*map(jnp.asarray, first))
-    for other in others:
-        other = Moments(*map(jnp.asarray, other))
-        if other.mean.shape != merged.mean.shape:
-            raise ValueError(
-                f"moments to merge must have one feature shape; got {merged.mean.shape} and {other.mean.shape}."
-            )
-        merged = _merge(merged, other)
+    merged, *parts = _axes.of_one_shape("moments to merge", first, *others)
+    for part in parts:
+        merged = _merge(merged, part)
     return merged
 
 
@@ -51,7 +51,7 @@ def _merge(p: Moments, q: Moments) -> Moments:
     share = jnp.where(q.count > 0, q.count / jnp.where(count > 0, count, 1), 0)
     step = q.mean - p.mean  # the new mean is p.mean + share·step: no cancellation however far both lie from zero
     mean = p.mean + share * step
-    var = (1 - share) * p.var + share * (q.var + (1 - share) * step * step)
+    var = (1 - share) * p.var + share * (q.var + (1 - share) * squared(step))
 
     def pick(a: jax.Array, b: jax.Array, both: jax.Array) -> jax.Array:
         return jnp.where(q.count == 0, a, jnp.where(p.count == 0, b, both))
@@ -100,13 +100,14 @@ def pool_moments(
     References:
       Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance".
     """
-    group = _collectives.group_of(axis_name, axis_index_groups, jnp.shape(moments.mean))
-    mean, var, n = map(jnp.asarray, moments)
+    ((mean, var, n),) = _axes.of_one_shape("moments", moments)
+    group = _collectives.group_of(axis_name, axis_index_groups, mean.shape)
     mean, var = jnp.where(n > 0, mean, 0), jnp.where(n > 0, var, 0)
     count, total = _collectives.pool(jnp.stack([n, n * mean]), group)
+    count = count.real  # both travel together, complex if the mean is
     whole = jnp.where(count > 0, count, 1)
     pooled = total / whole
-    spread = _collectives.pool(n * (var + (mean - pooled) ** 2), group)
+    spread = _collectives.pool(n * (var + squared(mean - pooled)), group)
     return Moments(pooled, spread / whole, count / copies)
 
 

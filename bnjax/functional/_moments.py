@@ -48,7 +48,8 @@ class Centred(NamedTuple):
 
     def rstd(self, epsilon: float) -> jax.Array:
         """1/√(var + ε)."""
-        return self.unit * lax.rsqrt(self.scaled_var + epsilon * self.unit * self.unit)
+        rstd = self.unit * lax.rsqrt(self.scaled_var + epsilon * self.unit * self.unit)
+        return jnp.where(rstd >= jnp.finfo(rstd.dtype).tiny, rstd, jnp.nan)  # below: y would be 0 where x is over 1e37
 
     def moments(self) -> Moments:
         return Moments(self.mean, self.scaled_var / self.unit / self.unit, self.count)
@@ -81,7 +82,8 @@ def batch_moments(
     most 3C numbers; one more of each in batches that lie more than 4 standard deviations from the pivot.
 
     Args:
-      x: `[..., C]`, any real dtype; statistics are computed in float32 at least.
+      x: `[..., C]`, any dtype; statistics are computed in float32 at least. A complex x has a complex mean and the
+        real variance E\|x − mean\|², as in Flax.
       axis: the feature axis or axes; all others are reduced over.
       mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part,
         even where they hold NaN or Inf.
@@ -97,7 +99,7 @@ def batch_moments(
 
     Raises:
       ValueError: axes, mask, pivot or groups do not fit x, or `axis_name` is not bound.
-      TypeError: x or mask is complex.
+      TypeError: mask is complex, or pivot where x is not.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -114,13 +116,13 @@ def batch_moments(
     layout = _axes.layout_of(x, axis)
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
     mask = _axes.as_mask(mask, x)
-    pivot = _axes.as_optional("pivot", pivot, layout)
+    pivot = _axes.as_optional("pivot", pivot, layout, x)
     return _batch_moments(Reduction(layout, group, 0.0), x, mask, pivot)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _batch_moments(reduction: Reduction, x: jax.Array, mask: jax.Array | None, pivot: jax.Array | None) -> Moments:
-    return centred_moments(reduction, x, mask, start_pivot(x, pivot, reduction.layout)).moments()
+    return moments_of(reduction, x, mask, start_pivot(x, pivot, reduction.layout)).moments()
 
 
 def start_pivot(x: jax.Array, pivot: jax.Array | None, layout: _axes.Layout) -> jax.Array:
@@ -129,7 +131,8 @@ def start_pivot(x: jax.Array, pivot: jax.Array | None, layout: _axes.Layout) -> 
     if pivot is None:
         return jnp.zeros(layout.shape, dtype)
     pivot = lax.stop_gradient(pivot).astype(dtype)
-    return _coarse(jnp.where(jnp.isfinite(pivot), pivot, 0))
+    pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
+    return lax.complex(_coarse(pivot.real), _coarse(pivot.imag)) if jnp.iscomplexobj(pivot) else _coarse(pivot)
 
 
 def _coarse(K: jax.Array) -> jax.Array:
@@ -143,6 +146,27 @@ def _coarse(K: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((bits + 4) & ~7, K.dtype)
 
 
+def moments_of(reduction: Reduction, x: jax.Array, weights: jax.Array | None, K: jax.Array) -> Centred:
+    """The moments of x, real or complex."""
+    return (_complex_moments if jnp.iscomplexobj(x) else centred_moments)(reduction, x, weights, K)
+
+
+def _complex_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None, K: jax.Array) -> Centred:
+    """Real and imaginary part are two channels with a mean each and one variance: E|x − mean|² is the sum of theirs."""
+    layout = reduction.layout
+    of_pairs = _axes.Layout((*layout.features, x.ndim), layout.rows, (*layout.shape, 2))
+    weights = None if weights is None else weights[..., None]
+    s = centred_moments(reduction._replace(layout=of_pairs), _pair(x), weights, _pair(K))
+    unit = s.unit.min(-1)
+    scaled_var = jnp.sum(s.scaled_var * (unit[..., None] / s.unit) ** 2, -1)
+    pivot, rest = (lax.complex(v[..., 0], v[..., 1]) for v in (s.pivot, s.rest))
+    return Centred(pivot, rest, scaled_var, unit, s.count[..., 0])
+
+
+def _pair(z: jax.Array) -> jax.Array:
+    return jnp.stack([z.real, z.imag], -1)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def centred_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None, K: jax.Array) -> Centred:
     """The moments of x: about K where that is near enough to the mean, else about the mean itself."""
@@ -151,17 +175,22 @@ def centred_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | Non
     W, S1, S2 = _pooled_sums(reduction, x, weights, _kernels.row_sums, K)
     first = _centred(K, jnp.ones_like(K), W, S1, S2)
     accurate = first.rest**2 <= _GUARD * (first.scaled_var + reduction.floor)
-    safe = jnp.all(accurate & jnp.isfinite(first.scaled_var))
-    return lax.cond(safe, lambda: first, lambda: _moments_again(reduction, x, weights, first))
+    safe = accurate & jnp.isfinite(first.scaled_var)
+    return lax.cond(jnp.all(safe), lambda: first, lambda: _moments_again(reduction, x, weights, first, safe))
 
 
-def _moments_again(reduction: Reduction, x: jax.Array, weights: jax.Array | None, first: Centred) -> Centred:
-    """The guard's branch: sums about the mean that was found, scaled down where the squares overflowed."""
+def _moments_again(
+    reduction: Reduction, x: jax.Array, weights: jax.Array | None, first: Centred, safe: jax.Array
+) -> Centred:
+    """The guard's branch: sums about the mean that was found, scaled down where the squares overflowed.
+
+    Channels that are safe keep what they have: none depends, to the last bit, on what another one holds.
+    """
     K = _coarse(jnp.where(jnp.isfinite(first.mean), first.mean, 0))
     shrink = 2.0 ** -(jnp.finfo(K.dtype).maxexp * 5 // 8)  # 2⁻⁸⁰ in float32: squares of what overflowed fit well
     unit = jnp.where(jnp.isfinite(first.scaled_var), 1, shrink).astype(K.dtype)
     _, S1, S2 = _pooled_sums(reduction, x, weights, _kernels.scaled_row_sums, K, unit, W=first.count)
-    return _centred(K, unit, first.count, S1, S2)
+    return jax.tree.map(partial(jnp.where, safe), first, _centred(K, unit, first.count, S1, S2))
 
 
 def _pooled_sums(
@@ -177,7 +206,8 @@ def _pooled_sums(
     sums = [S.reshape(layout.shape) for S in kernel(x, weights, *map(layout.expand, vectors))]
     if W is None and weights is not None:
         sums = [_collectives.match(_kernels.weight_sum(x, weights, layout, sums[0].dtype), sums[0]), *sums]
-        return list(_collectives.pool(jnp.stack(sums), group))
+        W, *sums = _collectives.pool(jnp.stack(sums), group)
+        return [jnp.where(W < jnp.inf, W, jnp.nan), *sums]  # weights that overflow are no weights
     pooled = _collectives.pool(jnp.stack(sums), group)
     if W is None:
         rows = math.prod(x.shape[a] for a in layout.rows) * _collectives.group_size(group)
@@ -187,7 +217,7 @@ def _pooled_sums(
 
 def _centred(K: jax.Array, unit: jax.Array, W: jax.Array, S1: jax.Array, S2: jax.Array) -> Centred:
     """Moments about K from W = Σw, S1 = Σwu(x − K), S2 = Σw(u(x − K))²; an empty channel has e = 0 and var = 0."""
-    n = jnp.where(W > 0, W, 1)
+    n = jnp.where(W == 0, 1, W)
     scaled_rest = S1 / n
     var = jnp.maximum(S2 / n - scaled_rest**2, 0)
     K, unit = _collectives.match(K, S1), _collectives.match(unit, S1)

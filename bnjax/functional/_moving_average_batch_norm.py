@@ -105,27 +105,27 @@ def moving_average_batch_norm(
       Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838, section 4; `warmup` and `r_max` as in
       the authors' program.
 
-    Differences: before there are m batches the average is over those there are, where the authors' program takes the
-    newest alone; and r is 1 for `warmup` steps, there for 1000, because `var` starts without a bias here.
+    Differences from the authors' program: before there are m batches the average is over those there are, there it is
+    the newest alone; r is 1 for `warmup` steps, there for 1000, because `var` starts without a bias here; and `var`
+    averages the quadratic means of the batches, there their averages over m batches once more.
     """
-    x = _axes.as_input(x)
+    x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)
-    if r_max < 1:
-        raise ValueError(f"r_max limits r and 1/r and must be at least 1; got {r_max}.")
+    r_max = _axes.as_number("r_max", r_max, 1, advice="It limits r and 1/r.")
     if recent is not None:
         _check_recent(recent, layout)
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     static = (
         Reduction(layout, group, 0.0),
-        _axes.check_epsilon(epsilon),
+        _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)),
         _axes.output_dtype(dtype, x, scale, bias),
         activation,
-        _RecentProjections(int(warmup)),
-        float(r_max),
+        _RecentProjections(_axes.as_integer("warmup", warmup, 0)),
+        r_max,
     )
     arrays = (x, _axes.as_mask(mask, x), scale, bias)
-    return _moving_average(static, arrays, _axes.as_vector("var", var, layout), recent, as_residual(residual, x))
+    return _moving_average(static, arrays, _axes.as_variance(var, layout), recent, as_residual(residual, x))
 
 
 def _check_recent(recent: RecentStats, layout: _axes.Layout) -> None:
@@ -171,7 +171,8 @@ def _moving_average(
     operands = Operands(reduction, epsilon, dtype, *arrays)
     moments = operands.moments
     if recent is None:
-        return operands.apply(lax.rsqrt(moments.var + epsilon), activation, residual), lax.stop_gradient(moments)
+        rstd = lax.rsqrt(_numbers(moments.var) + epsilon)
+        return operands.apply(rstd, activation, residual), lax.stop_gradient(moments)
     moments = lax.stop_gradient(moments)
     factor, rstd = _factors(rule, r_max, epsilon, moments, operands.vector("var", var), recent)
 
@@ -180,6 +181,11 @@ def _moving_average(
 
     scaling = Scaling(rstd, moments.var, moments.count)
     return operands.apply(factor, activation, residual, through, scaling, recent), moments
+
+
+def _numbers(square: jax.Array) -> jax.Array:
+    """NaN where squares overflowed: x/χ would be 0 there."""
+    return jnp.where(jnp.isfinite(square), square, jnp.nan)
 
 
 def _factors(
@@ -191,6 +197,6 @@ def _factors(
     with_this = average(push(squares, moments.var), steps + 1)
     square = jnp.where(good, with_this, average(squares, steps))
     early = steps < rule.warmup
-    rstd = lax.rsqrt(jnp.where(early, moments.var, square) + epsilon)
+    rstd = lax.rsqrt(jnp.where(early, _numbers(moments.var), square) + epsilon)
     r = jnp.clip(lax.rsqrt(var + epsilon) / rstd, 1 / r_max, r_max)
     return rstd * jnp.where(early, 1, r), rstd

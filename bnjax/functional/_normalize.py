@@ -30,7 +30,7 @@ def normalize(
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
     Args:
-      x: `[..., C]`, any real dtype; the arithmetic is in float32 at least, and the statistics are never cast down.
+      x: `[..., C]`, any dtype; the arithmetic is in float32 at least, and the statistics are never cast down.
       mean: `[C]`.
       var: `[C]`, biased variance.
       scale: `[C]`, or None for 1.
@@ -46,7 +46,7 @@ def normalize(
 
     Raises:
       ValueError: a shape, axis or epsilon that does not fit.
-      TypeError: complex x, or a dtype that is not floating.
+      TypeError: complex vectors for a real x, or a dtype that cannot hold the output.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -58,9 +58,9 @@ def normalize(
     """
     x = _axes.as_input(x)
     layout = _axes.layout_of(x, axis)
-    mean, var = _axes.as_vector("mean", mean, layout), _axes.as_vector("var", var, layout)
-    scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
-    epsilon = _axes.check_epsilon(epsilon)
+    mean, var = _axes.as_vector("mean", mean, layout, x), _axes.as_variance(var, layout)
+    scale, bias = _axes.as_optional("scale", scale, layout, x), _axes.as_optional("bias", bias, layout, x)
+    epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x, mean, var))
     residual = as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     return _normalize(layout, epsilon, dtype, activation, x, mean, var, scale, bias, residual)
@@ -80,7 +80,7 @@ def _normalize(
     residual: jax.Array | None,
 ) -> jax.Array:
     compute = _axes.statistics_dtype(x, mean, var)
-    mean, var = mean.astype(compute), var.astype(compute)
+    mean, var = mean.astype(compute), var.astype(jnp.finfo(compute).dtype)  # real also where x is complex
     a = lax.rsqrt(var + epsilon)
     a = a if scale is None else a * scale
     c = jnp.zeros_like(a) if bias is None else bias.astype(a.dtype)

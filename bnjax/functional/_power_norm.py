@@ -89,21 +89,21 @@ def power_norm(
     Differences: the authors' program first divides each position by its quadratic mean over the channels, starts with
     thousands of steps by the batch's own ψ, and divides dx by the batch's ψ; algorithm 2 and this function do not.
     """
-    x = _axes.as_input(x)
+    x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)
-    _axes.check_momentum(gradient_momentum)
+    gradient_momentum = _axes.as_number("gradient_momentum", gradient_momentum, 0, 1)
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     static = (
         Reduction(layout, group, 0.0),
-        _axes.check_epsilon(epsilon),
+        _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)),
         _axes.output_dtype(dtype, x, scale, bias),
         activation,
-        _RunningProjection(float(gradient_momentum)),
+        _RunningProjection(gradient_momentum),
     )
     arrays = (x, _axes.as_mask(mask, x), scale, bias)
     projection = _axes.as_optional("projection", projection, layout)
-    return _power_norm(static, arrays, _axes.as_vector("var", var, layout), projection, as_residual(residual, x))
+    return _power_norm(static, arrays, _axes.as_variance(var, layout), projection, as_residual(residual, x))
 
 
 class _RunningProjection(NamedTuple):

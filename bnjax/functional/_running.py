@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
@@ -33,7 +34,7 @@ class RunningStats(NamedTuple):
     @property
     def pivot(self) -> jax.Array:
         """The running mean where it is worth subtracting before the rows are summed, else 0: for `batch_norm`."""
-        return jnp.where(self.mean**2 > _NEAR_ZERO * self.var, self.mean, 0)
+        return jnp.where(jnp.abs(self.mean) ** 2 > _NEAR_ZERO * self.var, self.mean, 0)
 
 
 def needs_steps(momentum: Momentum, debias: bool) -> bool:
@@ -96,25 +97,35 @@ def update_running(
     by 1 − mᵗ a variance that started at 1, not 0.
     """
     share = _share_of_new(momentum, debias, running.steps)
-    shapes = [jnp.shape(a) for a in (*running, *moments) if a is not None]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"running statistics and moments must have one feature shape; got {shapes}.")
+    running, moments = _axes.of_one_shape("running statistics and moments", running, moments)
+    if not all(jnp.issubdtype(v.dtype, jnp.inexact) for v in running if v is not None):
+        raise TypeError(
+            f"running statistics must be floating, for integers would round every step away; got {running.mean.dtype} "
+            f"and {running.var.dtype}. Start with jnp.zeros(shape) and jnp.ones(shape)."
+        )
     mean, var, n = (_collectives.match(lax.stop_gradient(m), running.mean) for m in moments)  # state keeps its type
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(good, (1 - share) * old + share * new, old).astype(jnp.result_type(old))
+        taken = jnp.where(good, (1 - share) * old + share * new, old)
+        return taken.astype(_state_dtype(old, new))
 
     steps = None if running.steps is None else running.steps + good.astype(running.steps.dtype)
     return RunningStats(step(running.mean, mean), step(running.var, var), steps)
 
 
+def _state_dtype(old: jax.Array, new: jax.Array) -> np.dtype:
+    """State keeps its dtype; but a mean that starts at a real zero becomes complex with the first complex batch."""
+    grows = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
+    return jnp.promote_types(old.dtype, jnp.complex64) if grows else jnp.result_type(old)
+
+
 def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> jax.Array | float:
     """The weight 1 − m of the new values: a number, or one for each channel."""
     if momentum is not None and not callable(momentum):
-        _axes.check_momentum(momentum)
+        momentum = _axes.as_momentum(momentum)
         if not debias:
             return 1 - momentum
     if steps is None:
@@ -127,7 +138,8 @@ def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> 
     if debias:
         raise ValueError("debias needs a constant momentum; a function of the step can start at momentum 0 itself.")
     # One channel at a time: a schedule is written for a scalar step.
-    return 1 - jnp.reshape(jax.vmap(momentum)(jnp.ravel(steps)), jnp.shape(steps))
+    at_steps = jnp.reshape(jax.vmap(momentum)(jnp.ravel(steps)), jnp.shape(steps))
+    return 1 - _axes.bounded_momentum(at_steps)
 
 
 def _share_of_averaged(momentum: jax.Array | float, t: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ class Operands(NamedTuple):
         layout = self.reduction.layout
         zero = start_pivot(self.x, None, layout)
         W, _, S2 = _pooled_sums(self.reduction, self.x, self.mask, _kernels.row_sums, zero)
-        return Moments(jnp.zeros_like(S2), S2 / jnp.where(W > 0, W, 1), W)
+        return Moments(jnp.zeros_like(S2), S2 / jnp.where(W == 0, 1, W), W)
 
     def vector(self, name: str, v: jax.Array) -> jax.Array:
         """A running statistic: `[C]`, constant."""

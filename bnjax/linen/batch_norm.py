@@ -124,7 +124,7 @@ class BatchNorm(nn.Module):
         During `init` the running averages stay as they start and no axis needs to be bound.
 
         Args:
-          x: `[..., C]`.
+          x: `[..., C]`; where it is complex so is the running mean, as in Flax.
           use_running_average: normalise with the running averages rather than with those of the batch.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
           update_stats: whether a call in training mode updates the running averages. False needs no mutable collection.
@@ -171,7 +171,7 @@ class BatchNorm(nn.Module):
         """The call; of the variables, the part that `domains` selects."""
         shape = layout_of(jnp.asarray(x), self.axis).shape
         update_stats = update_stats and not use_running_average and not self.is_initializing()
-        variables = self._statistics(domains.shape(shape), update_stats)
+        variables = self._statistics(domains.shape(shape), jnp.iscomplexobj(x), update_stats)
         stored = RunningStats._make(None if v is None else v.value for v in variables)
         running = domains.take(stored)
         ending = Ending(self._affine(x, shape, scale, bias, domains.of_affine), self.activation, residual)
@@ -199,10 +199,11 @@ class BatchNorm(nn.Module):
                     variable.value = value
         return ending.finish(y)
 
-    def _statistics(self, shape: tuple[int, ...], update_stats: bool) -> tuple[Any, ...]:
+    def _statistics(self, shape: tuple[int, ...], is_complex: bool, update_stats: bool) -> tuple[Any, ...]:
         """The variables of `RunningStats`; None for steps that are not needed, or not there and only read."""
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        mean_dtype = jnp.promote_types(stats_dtype, jnp.complex64) if is_complex else stats_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         has_steps = update_stats or self.is_initializing() or self.has_variable("batch_stats", "steps")
         if not (self._counts_steps() and has_steps):

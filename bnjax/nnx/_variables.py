@@ -40,7 +40,10 @@ def write(module: nnx.Module, values: Mapping[str, jax.Array], domains: Domains 
         row = variable.shape if domains.number is None else variable.shape[1:]
         value = domains.put(variable[...], value.reshape(row))
         try:
-            variable[...] = value
+            if value.dtype == variable.dtype:
+                variable[...] = value
+            else:  # a real mean that a complex batch made complex, where `[...]` would keep its real part alone
+                variable.set_value(value)
         except TraceContextError:
             _replace(module, name, variable.copy(value))
 

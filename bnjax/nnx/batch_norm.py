@@ -168,7 +168,7 @@ class BatchNorm(nnx.Module):
         """Normalises x.
 
         Args:
-          x: `[..., C]`.
+          x: `[..., C]`; where it is complex, the running mean becomes complex with the first update.
           use_running_average: normalise with the running averages rather than with those of the batch; before what the
             constructor said.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.

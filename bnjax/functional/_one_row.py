@@ -1,0 +1,40 @@
+"""The warning about batches of one row, whose variance is zero: y is the bias, whatever x is."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from bnjax.functional._axes import Layout
+from bnjax.functional._collectives import Group, group_size
+
+_SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+class OneRowWarning(UserWarning):
+    """A batch with one row per channel was normalised by its own statistics: its output is the bias alone."""
+
+
+@contextmanager
+def silent_if(starting: bool) -> Iterator[None]:
+    """Within it nothing is said, if `starting`: a model is often initialised with one row."""
+    token = _SILENT.set(starting or _SILENT.get())
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
+
+
+def warn_of_one_row(shape: tuple[int, ...], layout: Layout, group: Group) -> None:
+    """Warns where all devices together hold one row: at trace time, for a count that does not depend on a mask."""
+    rows = math.prod(shape[a] for a in layout.rows) * group_size(group)
+    if rows != 1 or _SILENT.get() or not math.prod(layout.shape):
+        return
+    warnings.warn(
+        f"a batch of shape {shape} has 1 row for each of its channels (feature axes {layout.features}), so that its "
+        "variance is 0 and y is the bias whatever x is. Take more rows, pool over devices with axis_name, pass "
+        "use_running_average=True to evaluate, or normalise by groups or layers.",
+        OneRowWarning,
+        stacklevel=4,
+    )
