@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.functional import _axes, _collectives, _kernels
-from bnjax.functional._finish import Activation, as_residual, finish, in_place_of
+from bnjax.functional._finish import Activation, as_activation, as_residual, finish, in_place_of
 from bnjax.functional._moments import (
     Centred,
     Moments,
@@ -76,6 +76,9 @@ def batch_norm(
       ValueError: a shape, axis, group or epsilon that does not fit, or an `axis_name` that is not bound.
       TypeError: a complex mask, complex vectors for a real x, or a dtype that cannot hold the output.
 
+    Warns:
+      OneRowWarning: all devices together hold one row, so that y is the bias whatever x is.
+
     Examples:
       >>> import jax.numpy as jnp, bnjax
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
@@ -99,7 +102,7 @@ def batch_norm(
         _axes.as_optional(name, v, layout, x) for name, v in (("scale", scale), ("bias", bias), ("pivot", pivot))
     )
     epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x))
-    residual = as_residual(residual, x)
+    activation, residual = as_activation(activation), as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     reduction = Reduction(layout, group, _FLOOR * epsilon)
     warn_of_one_row(x.shape, layout, group)
@@ -189,7 +192,7 @@ def _standardise_jvp(
     t_x, t_scale, t_bias = tangents[:3]
     expand = reduction.layout.expand
     s = centred_moments(reduction, x, mask, K)
-    t_x = t_x.astype(K.dtype)  # once: cotangents of a bfloat16 x are added in float32, rounded at the end
+    t_x = _kernels.widened(t_x, K.dtype)
     t_s = moments_tangent(reduction, x, mask, s, t_x)
     vectors = jax.jvp(partial(_coefficients, epsilon, x, mask), (s, scale, bias), (t_s, t_scale, t_bias))
     (a, c, *mean), (t_a, t_c, *t_mean) = (map(expand, v) for v in vectors)

@@ -76,6 +76,18 @@ def scaled_row_sums(
     return row_sums(centred, weights, jnp.zeros_like(K))
 
 
+def widened(t_x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """t_x in the dtype of the statistics; transposed, the terms of dx are added there and rounded once, at the end.
+
+    XLA:TPU writes y and dx in one pass over x only where dx does not end in a conversion: a layer in bfloat16 makes 7
+    passes then, and 8 otherwise. So it ends in a reduction of precision that leaves one more digit than there is.
+    """
+    kind = jnp.finfo(t_x.dtype)
+    if kind.bits < jnp.finfo(dtype).bits:
+        t_x = lax.reduce_precision(t_x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant + 1)
+    return t_x.astype(dtype)
+
+
 @recompute
 def tangent_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array, t_x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Σw·t_x and Σw(x − K)·t_x, linear in t_x: the derivative of `row_sums` (but for a factor 2)."""
