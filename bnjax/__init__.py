@@ -5,6 +5,7 @@ from bnjax import linen as linen
 from bnjax import nnx as nnx
 from bnjax import tools as tools
 from bnjax.functional import Moments as Moments
+from bnjax.functional import OneRowWarning as OneRowWarning
 from bnjax.functional import RecentStats as RecentStats
 from bnjax.functional import RunningStats as RunningStats
 from bnjax.functional import batch_moments as batch_moments

@@ -27,6 +27,11 @@ class Training:
     """Weight of the old value in BN's running averages."""
     width: int = 16
     """Channels of the first block; the second has two times, the third four times as many."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of activations and their gradients; parameters, statistics and sums stay float32. float16 scales the loss."""
+    skip_nonfinite: int = 20
+    """Steps in a row whose gradient is NaN or Inf may change nothing, up to so many; one more is an error. A resumed
+    run may have another limit."""
     max_shift: int = 2
     """Move every training image at random by up to so many pixels each way; 0 for none."""
     seed: int = 0
@@ -35,7 +40,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where it runs. All but --processes may change at a resume: the numbers then agree to rounding."""
+    """Where it runs. All of it may change at a resume: the numbers then agree to rounding."""
 
     partition: Literal["shard_map", "jit"] = "shard_map"
     """shard_map: the step names its devices. jit: XLA places the collectives. Both give the same numbers."""
@@ -47,6 +52,8 @@ class Hardware:
     """How many processes train together; the batch is split over all their devices."""
     process_id: int = 0
     """The number of this process among them, from 0."""
+    heartbeat_timeout: int = 60
+    """Seconds after which a process that gives no sign of life is lost, and the others end with an error."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,15 @@ class Files:
     out: Path | None = None
     """Write to this folder instead of a numbered one."""
     resume: bool = False
-    """Go on with the latest run in --runs (or with --out) exactly where it stopped."""
+    """Go on with the latest run in --runs (or with --out) exactly where it stopped; begin where there is none yet."""
     stop_after: int | None = None
     """Stop with a checkpoint once this many steps are done, as SIGTERM does."""
     log_every: int = 10
     """Steps between two transfers of metrics from the devices."""
+    save_every: int | None = None
+    """Steps between two checkpoints, besides the one after each epoch."""
     keep: int = 3
-    """How many checkpoints stay; one is written after each epoch."""
+    """How many checkpoints stay."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,10 @@ def validate(config: Config) -> None:
         "width": training.width,
         "devices": hardware.devices,
         "processes": hardware.processes,
+        "heartbeat-timeout": hardware.heartbeat_timeout,
         "stop-after": files.stop_after,
         "log-every": files.log_every,
+        "save-every": files.save_every,
         "keep": files.keep,
     }
     for name, value in positive.items():
@@ -110,6 +121,7 @@ def validate(config: Config) -> None:
         require(0 <= value < 1, f"--{name} {value}: expected at least 0 and less than 1")
     require(0 <= training.weight_decay < float("inf"), f"--weight-decay {training.weight_decay}: expected 0 or more")
     require(0 <= training.max_shift < 28, f"--max-shift {training.max_shift}: expected 0 to 27")
+    require(training.skip_nonfinite >= 0, f"--skip-nonfinite {training.skip_nonfinite}: expected 0 or more")
     require(0 <= training.seed < 2**31, f"--seed {training.seed}: expected at least 0 and less than 2^31")
     require(
         0 <= hardware.process_id < hardware.processes,

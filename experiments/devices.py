@@ -21,7 +21,13 @@ def start(hardware: Hardware) -> None:
     if hardware.devices and hardware.devices != jax.config.jax_num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", hardware.devices)
     if hardware.coordinator:
-        jax.distributed.initialize(hardware.coordinator, hardware.processes, hardware.process_id)
+        jax.distributed.initialize(
+            hardware.coordinator,
+            hardware.processes,
+            hardware.process_id,
+            heartbeat_timeout_seconds=hardware.heartbeat_timeout,
+            shutdown_timeout_seconds=hardware.heartbeat_timeout,
+        )
 
 
 def data_mesh(devices: int | None = None) -> Mesh:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from experiments.devices import DATA, replicated, split
+from experiments.nonfinite import skipped, unless_skipped, value_and_grad
 
 Batch = dict[str, Any]
 Metrics = dict[str, Any]
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
     params: Any  # float32
     batch_stats: Any  # float32, the running averages
     opt_state: Any
+    loss_scale: Any = None  # DynamicScale in float16
 
 
 class Counts(NamedTuple):
@@ -40,13 +42,20 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], Counts]
 
 
-def create_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    loss_scale: Callable[[], Any] = lambda: None,
+) -> TrainState:
     """The state before the first step, replicated over the mesh."""
 
     def init() -> TrainState:
         variables = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)), train=False)
         params = variables["params"]
-        return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params))
+        stats = variables.get("batch_stats", {})
+        return TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale())
 
     return jax.jit(init, out_shardings=replicated(mesh))()
 
@@ -63,7 +72,7 @@ def make_train_step(
 
     Args:
         model: built with `axis_name(partition)`.
-        optimizer: any Optax transformation.
+        optimizer: any Optax transformation; a step that `skip_nonfinite` leaves out changes no statistics either.
         mesh: the devices over which the batch is split.
         partition: "shard_map" (the model names the mesh axis) or "jit" (XLA places the collectives).
         observe: further metrics from the state before the step and the `batch_stats` after it.
@@ -81,10 +90,11 @@ def make_train_step(
                 loss, accuracy = jax.lax.pmean((loss, accuracy), over)
             return loss, (accuracy, updates.get("batch_stats", {}))
 
-        (loss, (accuracy, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (accuracy, stats)), grads, loss_scale = value_and_grad(objective, state.params, state.loss_scale)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss, "accuracy": accuracy, **observe(state, stats)}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), stats, opt_state), metrics
+        params, stats = optax.apply_updates(state.params, updates), unless_skipped(opt_state, stats, state.batch_stats)
+        metrics = {"loss": loss, "accuracy": accuracy, **skipped(opt_state), **observe(state, stats)}
+        return TrainState(state.step + 1, params, stats, opt_state, loss_scale), metrics
 
     if partition == "shard_map":
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P())
@@ -140,7 +150,7 @@ def as_float(batch: Batch) -> jax.Array:
 
 def losses(logits: jax.Array, batch: Batch) -> jax.Array:
     """The cross-entropy of each record."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
 
 
 def hits(logits: jax.Array, batch: Batch) -> jax.Array:

@@ -1,6 +1,7 @@
 """The article's network: Conv → normalisation → ReLU blocks, pooling, and a Dense softmax head."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -12,22 +13,23 @@ class ConvNet(nn.Module):
     """Blocks of Conv 3×3 → norm → ReLU → max-pool 2×2, then one Dense layer that gives the logits.
 
     `norm(use_running_average=...)` builds the normalisation of each block: a class or a `functools.partial` of one. The
-    convolutions have no bias, which the normalisation would take away again.
+    convolutions have no bias, which the normalisation would take away again. `dtype` is that of the activations.
     """
 
     norm: Norm
     widths: Sequence[int] = (16, 32, 64)
     classes: int = 10
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """images: `[N, H, W, C]` float. Returns the logits, `[N, classes]`."""
         x = images
         for width in self.widths:
-            x = nn.Conv(width, (3, 3), use_bias=False)(x)
+            x = nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype)(x)
             x = self.norm(use_running_average=not train)(x)
             x = max_pool(nn.relu(x))
-        return nn.Dense(self.classes)(x.reshape(len(x), -1))
+        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
 
 
 def max_pool(x: jax.Array) -> jax.Array:

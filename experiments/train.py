@@ -6,16 +6,18 @@ Hardware: 2 CPU cores
 Time:     50 to 75 s
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import grain
 import jax
+import jax.numpy as jnp
 import tyro
 from grain.sharding import ShardByJaxProcess, ShardOptions
 from orbax.checkpoint import CheckpointManager
@@ -23,12 +25,13 @@ from tqdm import tqdm
 
 from bnjax.linen import BatchNorm
 from bnjax.tools import inspect
-from experiments import devices
+from experiments import devices, nonfinite
 from experiments.checkpoints import open_checkpoints, restore, save
 from experiments.config import Config, Training, check_split, defaults, validate
 from experiments.data import Splits, load
 from experiments.drift import drift
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, RunError
+from experiments.fingerprint import fingerprint
 from experiments.loop import (
     EvalStep,
     Metrics,
@@ -46,12 +49,13 @@ from experiments.models import ConvNet
 from experiments.optimizer import adamw, warmup_cosine
 from experiments.pipeline import evaluation_batches, training_batches
 from experiments.plots import draw
-from experiments.records import METRICS, Recorder, check_resumable, read_lines, run_folder
+from experiments.records import CHECKPOINTS, EVENTS, METRICS, Recorder, check_resumable, read_lines, run_folder, written
 from experiments.stopping import stop_requests
 
 EPSILON = 1e-5
 CURVES = "curves.png"
 LAYERS = "layers.txt"
+LOST, REFUSED = 1, 2  # exit status: the run cannot go on; it cannot begin as asked
 
 
 class Session(NamedTuple):
@@ -70,8 +74,9 @@ class Session(NamedTuple):
 
 def build_model(training: Training, partition: Partition) -> ConvNet:
     """The network, whose BN layers share their statistics over the whole batch under either partition."""
-    norm = partial(BatchNorm, momentum=training.momentum, epsilon=EPSILON, axis_name=axis_name(partition))
-    return ConvNet(norm, widths=(training.width, 2 * training.width, 4 * training.width))
+    dtype = jnp.dtype(training.precision)
+    norm = partial(BatchNorm, momentum=training.momentum, epsilon=EPSILON, axis_name=axis_name(partition), dtype=dtype)
+    return ConvNet(norm, widths=(training.width, 2 * training.width, 4 * training.width), dtype=dtype)
 
 
 def build(config: Config) -> tuple[Session, TrainState]:
@@ -83,12 +88,12 @@ def build(config: Config) -> tuple[Session, TrainState]:
     shard = ShardByJaxProcess()
     epoch = len(data.train.labels) // training.batch_size
     schedule = warmup_cosine(training.lr, training.epochs * epoch, training.warmup)
-    optimizer = adamw(schedule, training.weight_decay)
+    optimizer = nonfinite.skip_nonfinite(adamw(schedule, training.weight_decay))
     model = build_model(training, config.hardware.partition)
 
     def observe(state: TrainState, stats: Any) -> Metrics:
         layers = drift(state.batch_stats, stats, momentum=training.momentum, epsilon=EPSILON)
-        return {"learning_rate": schedule(state.step), "drift": layers}
+        return {"learning_rate": schedule(state.step - state.opt_state.total_notfinite), "drift": layers}
 
     train_step = make_train_step(model, optimizer, mesh, config.hardware.partition, observe)
     batches = training_batches(
@@ -96,7 +101,8 @@ def build(config: Config) -> tuple[Session, TrainState]:
     )
     eval_step = make_eval_step(model, mesh)
     session = Session(config, mesh, data, shard, batches, train_step, eval_step, epoch, training.epochs * epoch)
-    return session, create_state(model, optimizer, training.seed, mesh)
+    scale = nonfinite.initial_scale if training.precision == "float16" else lambda: None
+    return session, create_state(model, optimizer, training.seed, mesh, scale)
 
 
 def fit(
@@ -109,7 +115,8 @@ def fit(
     """Trains to the end, to --stop-after or to a signal; records, evaluates and saves on the way."""
     files = session.config.files
     first, last = int(state.step), min(session.total, files.stop_after or session.total)
-    ends = chunk_ends(first, last, files.log_every, session.epoch)
+    saves = {session.epoch, files.save_every or session.epoch}
+    ends = chunk_ends(first, last, files.log_every, *saves)
     bar = tqdm(total=session.total, initial=first, unit="step", disable=None if is_first_process() else True)
     with bar:
         since = time.perf_counter()
@@ -118,9 +125,10 @@ def fit(
             speed = len(rows) * session.config.training.batch_size / (time.perf_counter() - since)
             step, stop = int(state.step), stop_requested()
             record(recorder, bar, step, rows, speed)
+            nonfinite.check(rows, step, session.config.training.skip_nonfinite)
             if step % session.epoch == 0:
                 measure(session, state, recorder)
-            if stop or step == last or step % session.epoch == 0:
+            if stop or step == last or any(step % steps == 0 for steps in saves):
                 recorder.flush()
                 save(manager, state, session.batches)
             if stop:
@@ -159,18 +167,27 @@ def run(config: Config) -> str:
     files = config.files
     devices.start(config.hardware)
     session, state = build(config)
-    folder = run_folder(files.runs, files.out, files.resume)
-    if files.resume:
-        check_resumable(folder, asdict(config))
-    with stop_requests() as stop_requested, open_checkpoints(folder / "checkpoints", files.keep) as manager:
-        if files.resume:
+    with written(files.out or files.runs):
+        folder, goes_on = run_folder(files.runs, files.out, files.resume)
+        if goes_on:
+            check_resumable(folder, asdict(config))
+        elif files.resume and is_first_process():
+            print(f"nothing to resume yet: {folder} begins at step 0")
+        state = train(session, state, folder, goes_on)
+        if is_first_process():
+            look(state, folder / LAYERS)
+        return f"{summary(folder, session.total, time.perf_counter() - started)}; state {fingerprint(state)}"
+
+
+def train(session: Session, state: TrainState, folder: Path, goes_on: bool) -> TrainState:
+    """Trains from the last checkpoint, or from the beginning, and keeps records and checkpoints in `folder`."""
+    config = session.config
+    with stop_requests() as stop_requested, open_checkpoints(folder / CHECKPOINTS, config.files.keep) as manager:
+        if goes_on:
             state = restore(manager, state, session.batches)
         header = {"config": asdict(config), **devices.describe(session.mesh)}
-        with Recorder(folder, header, resumed_at=int(state.step) if files.resume else None) as recorder:
-            state = fit(session, state, recorder, manager, stop_requested)
-    if is_first_process():
-        look(state, folder / LAYERS)
-    return summary(folder, session.total, time.perf_counter() - started)
+        with Recorder(folder, header, resumed_at=int(state.step) if goes_on else None) as recorder:
+            return fit(session, state, recorder, manager, stop_requested)
 
 
 def look(state: TrainState, file: Path) -> None:
@@ -188,11 +205,13 @@ def summary(folder: Path, total: int, seconds: float) -> str:
     lines = read_lines(folder / METRICS)
     draw(lines, folder / CURVES)
     step = max(line["step"] for line in lines)
-    where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, tensorboard/, checkpoints/"
+    where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, {EVENTS}/, {CHECKPOINTS}/"
     if step < total:
         return f"stopped after {step} of {total} steps in {seconds:.1f} s; --resume goes on; files in {where}"
     accuracy = [line["accuracy"] for line in lines if line["kind"] == "eval"][-1]
-    return f"test accuracy {accuracy:.2%} after {total} steps in {seconds:.1f} s; files in {where}"
+    skipped = sum(line.get("skipped", 0) > 0 for line in lines)
+    left_out = f", of which {skipped} without a finite gradient left out," if skipped else ""
+    return f"test accuracy {accuracy:.2%} after {total} steps{left_out} in {seconds:.1f} s; files in {where}"
 
 
 def is_first_process() -> bool:
@@ -215,9 +234,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(run(config), flush=True)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
     return 0
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process; at once where the run cannot go on.
+
+    After a write that failed, threads of Orbax wait up to ten minutes for what will never come, and after the loss of
+    another process JAX waits for its farewell.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == LOST:
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

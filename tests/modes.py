@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from processes import join
 
 DEVICES = 8
 MOMENTUM = 0.9
@@ -105,10 +106,7 @@ def _place(spec, array):
 
 def main(port, process, out):
     """One of two processes: fills in its half of the batch, compares nothing, writes everything."""
-    jax.config.update("jax_num_cpu_devices", DEVICES // 2)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    address = f"127.0.0.1:{port}"
-    jax.distributed.initialize(address, 2, process, initialization_timeout=60, coordinator_bind_address=address)
+    join(port, process, DEVICES // 2)
     from jax.experimental import multihost_utils
 
     from cases import by_name  # after the devices are set

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-import hlo
 from cases import assert_close, by_name, expected, tolerance
+from experiments.bench import hlo
 
 CHANNELS = 4
 MESH = Mesh(np.array(jax.devices()), ("data",))

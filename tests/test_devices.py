@@ -1,11 +1,5 @@
 """The conformance table: every way to spread a batch × every kind of mask × everything computed, all by the oracle."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -15,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 import modes
 import oracle
 from cases import SHARDED, assert_close, by_name, expected, tolerance, unit
+from processes import run_two
 
 
 def _check(case, got):
@@ -60,32 +55,10 @@ def test_plain_jit_over_any_sharding(axis_type, spec, case):
     _check(case, modes.flat(out))
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def test_conformance_of_two_processes(tmp_path):
-    """Real processes with four devices each, over gloo on localhost; they end by themselves."""
-    port, names = free_port(), [c.name for c in SHARDED]
-    script = pathlib.Path(modes.__file__)
-    # One process's devices are its own affair, not the eight of this one.
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(i), tmp_path / f"{i}.npz", *names],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [w.communicate(timeout=180)[0] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0, 0], "\n".join(outputs)
-    results = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
+    """Real processes with four devices each."""
+    names = [c.name for c in SHARDED]
+    results = run_two(modes.__file__, tmp_path, *names)
     for name in names:
         for result in results:  # both processes hold the same
             _check(by_name(name), {k.split("/")[1]: v for k, v in result.items() if k.startswith(name + "/")})

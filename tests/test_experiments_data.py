@@ -10,6 +10,7 @@ from grain.sharding import ShardOptions
 from experiments.data import IMAGES, LABELS, Labelled, embedded_digits, load
 from experiments.errors import ConfigError
 from experiments.pipeline import evaluation_batches, training_batches
+from programs import idx
 
 FILES = {
     "train-images": "train-images-idx3-ubyte.gz",
@@ -17,11 +18,6 @@ FILES = {
     "test-images": "t10k-images-idx3-ubyte.gz",
     "test-labels": "t10k-labels-idx1-ubyte.gz",
 }
-
-
-def idx(magic: int, values: np.ndarray) -> bytes:
-    """The content of an IDX file."""
-    return np.array([magic, *values.shape], ">u4").tobytes() + values.astype(np.uint8).tobytes()
 
 
 def some_images(count: int, size: int = 28) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The training step of the experiments: both partitions and any number of devices give the same numbers."""
 
-from functools import partial
+import re
+from collections.abc import Callable
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -13,9 +15,10 @@ from bnjax.linen import BatchNorm
 from bnjax.tools import decay_mask
 from experiments.config import Config, Hardware, Training, check_split, validate
 from experiments.data import Labelled
-from experiments.devices import data_mesh
+from experiments.devices import data_mesh, replicated
 from experiments.drift import drift
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, RunError
+from experiments.fingerprint import fingerprint
 from experiments.loop import (
     Metrics,
     TrainState,
@@ -55,18 +58,38 @@ def trained(data: Labelled, partition: str, devices: int) -> tuple[TrainState, M
 
 
 @pytest.fixture(scope="module")
-def reference(data: Labelled) -> tuple[TrainState, Metrics]:
-    """One device, where a batch has no parts."""
-    return trained(data, "jit", 1)
+def once(data: Labelled) -> Callable[[str, int], tuple[TrainState, Metrics]]:
+    """`trained`, which tests share."""
+    return cache(partial(trained, data))
 
 
 @pytest.mark.parametrize(("partition", "devices"), [("shard_map", 1), ("shard_map", 8), ("jit", 8)])
-def test_partition_and_devices_change_nothing(data, reference, partition: str, devices: int) -> None:
-    state, metrics = trained(data, partition, devices)
+def test_partition_and_devices_change_nothing(once, partition: str, devices: int) -> None:
+    (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where a batch has no parts
     # Sums of 16·28² ≈ 2^14 terms in another order, through four steps: 2^14 roundings of 6e-8 at the very worst.
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))
     jax.tree.map(close, metrics, reference[1])
+
+
+@pytest.mark.parametrize("partition", ["shard_map", "jit"])
+def test_the_same_seed_on_the_same_devices_gives_the_same_bits(data, once, partition: str) -> None:
+    first, second = once(partition, 8), trained(data, partition, 8)
+    assert fingerprint(first[0]) == fingerprint(second[0])
+    assert first[1] == second[1]
+
+
+def test_fingerprint_depends_on_every_bit_and_sees_replicas_that_differ() -> None:
+    mesh = data_mesh(2)
+    state = jax.device_put({"a": np.zeros(3, np.float32), "b": np.zeros(2)}, replicated(mesh))
+    other = jax.device_put({"a": np.array([0, 0, -0.0], np.float32), "b": np.zeros(2)}, replicated(mesh))
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint(state))
+    assert fingerprint(state) == fingerprint(jax.device_get(state))
+    assert fingerprint(state) != fingerprint(other)
+    parts = [jax.device_put(np.full(2, value), device) for value, device in enumerate(jax.devices()[:2])]
+    torn = jax.make_array_from_single_device_arrays((2,), replicated(mesh), parts)
+    with pytest.raises(RunError, match=r"different values of \['b'\]"):
+        fingerprint({**state, "b": torn})
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -144,7 +167,9 @@ BAD = {
     "--momentum": Training(momentum=1.0),
     "--weight-decay": Training(weight_decay=float("nan")),
     "--seed": Training(seed=-1),
+    "--skip-nonfinite": Training(skip_nonfinite=-1),
     "--devices": Hardware(devices=0),
+    "--heartbeat-timeout": Hardware(heartbeat_timeout=0),
     "--process-id": Hardware(processes=2, process_id=2, coordinator="localhost:1"),
     "--coordinator": Hardware(processes=2),
 }

@@ -1,65 +1,25 @@
 """`python -m experiments.train` as its users run it: a smoke run, stop and resume bit for bit, errors, files."""
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.records import Line, read_lines, run_folder
+from experiments.errors import ConfigError
+from experiments.records import read_lines, run_folder
 from experiments.train import main
+from programs import assert_same_run, checkpoint, finish, learning, start
 
-ROOT = Path(__file__).parents[1]
 STEPS = 62  # in the one epoch of --smoke: 4,000 images in batches of 64
-LIMIT = 120  # seconds, many times what a smoke run takes
-
-
-def start(*options: object, module: str = "experiments.train") -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-m", module, *map(str, options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes)
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    """The standard output, or the standard error where `status` says that it fails."""
-    out, errors = process.communicate(timeout=LIMIT)
-    assert process.returncode == status, errors
-    return errors if status else out
 
 
 def smoke(out: Path, *options: object, status: int = 0) -> str:
     return finish(start("--smoke", "--out", out, *options), status)
-
-
-def learning(out: Path) -> list[Line]:
-    """The lines that do not depend on the clock or the machine."""
-    return [line for line in read_lines(out / "metrics.jsonl") if line["kind"] in ("train", "eval")]
-
-
-def checkpoint(out: Path, step: int = STEPS) -> dict[str, np.ndarray]:
-    """Every saved array by its path."""
-    restored = ocp.StandardCheckpointer().restore((out / "checkpoints" / str(step) / "state").absolute())
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(restored)}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert learning(one) == learning(other)
-    first, second = checkpoint(one), checkpoint(other)
-    assert first.keys() == second.keys()
-    assert any("batch_stats" in name for name in first)
-    for name, leaf in first.items():
-        np.testing.assert_array_equal(leaf, second[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -151,27 +111,28 @@ def test_one_device_under_jit_gives_the_numbers_of_eight_under_shard_map(
 
 def test_runs_are_numbered_and_resume_takes_the_latest(tmp_path: Path) -> None:
     for name in ("0001", "0002"):
-        folder = run_folder(tmp_path, out=None, resume=False)
-        assert folder == tmp_path / name
-        (folder / "metrics.jsonl").touch()
+        folder, goes_on = run_folder(tmp_path, out=None, resume=False)
+        assert folder == tmp_path / name and not goes_on
+        (folder / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "0003").mkdir()  # what a start that failed leaves
-    assert run_folder(tmp_path, out=None, resume=True) == tmp_path / "0002"
-    assert run_folder(tmp_path, out=tmp_path / "0001", resume=True) == tmp_path / "0001"
+    assert run_folder(tmp_path, out=None, resume=True) == (tmp_path / "0002", True)
+    assert run_folder(tmp_path, out=tmp_path / "0001", resume=True) == (tmp_path / "0001", True)
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(whole: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    options = ["--smoke", "--out", tmp_path / "two", "--stop-after", 5, "--devices", 2]
-    together = [*options, "--coordinator", address, "--processes", 2, "--process-id"]
-    first, second = (start(*together, index) for index in range(2))
-    assert "stopped after 5" in finish(first)
-    assert "process 1 is done" in finish(second)
-    assert len(learning(tmp_path / "two")) == 5
-    for two, one in zip(learning(tmp_path / "two"), learning(whole), strict=False):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints", "metrics.jsonl"]], ids=len)
+def test_resume_begins_where_a_start_was_killed_at_once(tmp_path: Path, left: list[str]) -> None:
+    out = tmp_path / "killed"
+    for name in left:
+        out.mkdir(exist_ok=True)
+        (out / name).write_text('{"kind": "con')
+    assert run_folder(tmp_path, out, resume=True) == (out, False)
+    assert run_folder(tmp_path, out=None, resume=True) == (tmp_path / "0001", False)
+
+
+def test_a_folder_with_checkpoints_and_no_metrics_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is not empty: it holds no metrics\.jsonl"):
+        run_folder(tmp_path, tmp_path, resume=True)
 
 
 ERRORS = {
@@ -193,7 +154,9 @@ def test_errors_are_one_line(whole: Path, capsys: pytest.CaptureFixture[str], me
 
 
 def test_an_error_ends_the_process_with_status_2(tmp_path: Path) -> None:
-    assert "error: nothing to resume" in finish(start("--runs", tmp_path, "--resume"), status=2)
+    (tmp_path / "letter.txt").touch()
+    text = finish(start("--out", tmp_path, "--resume"), status=2)
+    assert f"error: {tmp_path} is not empty: it holds no metrics.jsonl" in text
 
 
 def test_unknown_data_is_refused_by_name() -> None:

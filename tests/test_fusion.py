@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-import hlo
 from cases import assert_close, by_name, tolerance, unit
+from experiments.bench import hlo
 
 ENDINGS = {  # activation, dtype of the residual
     "residual": (None, "float32"),

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-import hlo
 import oracle
 from cases import assert_close
+from experiments.bench import hlo
 
 OURS, THEIRS = bnjax.BatchNorm, nn.BatchNorm
 MESH = Mesh(np.array(jax.devices()[:4]), ("data",))

@@ -12,8 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import bnjax
 import cases
+import tools_in_two_processes
 import tools_models as zoo
 from bnjax import tools
+from processes import run_two
 
 pytestmark = pytest.mark.slow  # whole networks, traced and compiled many times
 
@@ -162,6 +164,30 @@ def test_sharded(data):
     close(first, wanted["batch_stats"]["BatchNorm_0"])
     counts = tools.collect_moments(mapped, variables, sharded, progress=False)["BatchNorm_0"].count
     np.testing.assert_array_equal(counts, 16 * 6 * 6)
+
+
+def test_two_processes(tmp_path):
+    """Real processes with two devices each: the same statistics in both, and those of one process with all the data."""
+    ranks = run_two(tools_in_two_processes.__file__, tmp_path)
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        np.testing.assert_array_equal(value, ranks[1][name], err_msg=name)
+
+    apply_fn, variables = tools_in_two_processes.model()
+    whole = tools_in_two_processes.batches()
+    wanted = {}
+    for layerwise in (False, True):
+        result = tools.recalibrate(apply_fn, variables, whole, layerwise=layerwise, progress=False)
+        wanted |= tools_in_two_processes.flat(f"layerwise={layerwise}", result["batch_stats"])
+        wanted[f"output/layerwise={layerwise}"] = apply_fn(result, whole[0])[0]
+    for name, value in wanted.items():
+        scale = np.max(np.abs(value)) + 1
+        cases.assert_close(ranks[0][name], value, 10 * TOLERANCE if "output" in name else TOLERANCE, scale, name)
+    # recalibrated apart and merged: exact in the first layer, whose input needs no other statistics
+    for role in ("mean", "var"):
+        layer = f"BatchNorm_0/{role}"
+        merged, exact = ranks[0][f"merged/{layer}"], wanted[f"layerwise=True/{layer}"]
+        cases.assert_close(merged, exact, TOLERANCE, np.max(np.abs(exact)) + 1, layer)
 
 
 def test_a_layer_called_twice_pools_its_calls():

@@ -203,13 +203,90 @@ def test_counted_steps():
     assert not any(jax.tree.leaves(tools.decay_mask(parts[1])))
 
 
+@pytest.mark.parametrize(
+    "average",
+    [{}, {"momentum": None}, {"momentum": 0.9, "debias": True}, {"momentum": 0.5, "unbiased_var": True}],
+    ids=str,
+)
+def test_moments_applied_are_the_step_of_the_layer(average):
+    """Two micro-batches and one update: what one step on all their rows makes of the averages, however they average."""
+    norm = bnjax.linen.BatchNorm(use_running_average=False, **average)
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 2
+    variables = norm.init(jax.random.key(1), x)
+    once = norm.apply(variables, x - 1, mutable=["batch_stats"])[1]
+    wanted, held = norm.apply({**variables, **once}, x, mutable=["batch_stats"])[1]["batch_stats"], {}
+    for part in (x[:3], x[3:]):
+        both = {**variables, **once, **held}
+        held = norm.apply(both, part, update_stats=False, mutable=["moments"])[1]
+    applied = tools.apply_moments(once["batch_stats"], held["moments"], **average)
+    assert applied.keys() == wanted.keys()
+    for role, value in applied.items():
+        cases.assert_close(value, wanted[role], 20 * cases.unit("float32"), 10, role)
+
+
 def test_freeze_named_layers():
     before, after = stats(stem=2, head=2), tools.copy_stats(zoo.trained(stats(stem=2, head=2)), stats(stem=2, head=2))
     kept = jax.jit(lambda b, a: tools.freeze_stats(b, a, layers=["stem"]))(before, after)
     zoo.assert_trees_equal(kept, {"stem": before["stem"], "head": after["head"]})
 
 
-@pytest.mark.parametrize("function", [tools.copy_stats, tools.freeze_stats])
+def test_unfreeze_is_the_inverse_of_freeze(tree):
+    after = tools.copy_stats(zoo.trained(tree, 8), zoo.trained(tree, 7))
+    frozen = tools.freeze_stats(tree, after)
+    assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(after), strict=True))
+    zoo.assert_trees_equal(tools.unfreeze_stats(frozen, after), after)
+
+
+def test_unfreeze_named_layers():
+    """Everything stands still but what is named, inside jit too."""
+    before, after = stats(stem=2, neck=2, head=2), zoo.trained(stats(stem=2, neck=2, head=2))
+    thaw = jax.jit(lambda b, a: tools.unfreeze_stats(tools.freeze_stats(b, a), a, layers=["head"]))
+    zoo.assert_trees_equal(thaw(before, after), {**before, "head": after["head"]})
+
+
+def linen_steps(thawed):
+    """Three training steps of a linen network, of which `thawed` says whether the averages follow; their trees."""
+    model, variables = zoo.linen_net()
+    trees = [variables["batch_stats"]]
+    for seed, thaw in enumerate(thawed):
+        both = {**variables, "batch_stats": trees[-1]}
+        after = model.apply(both, zoo.images(seed), train=True, mutable=["batch_stats"])[1]["batch_stats"]
+        frozen = tools.freeze_stats(trees[-1], after)
+        trees.append(tools.unfreeze_stats(frozen, after) if thaw else frozen)
+    return trees
+
+
+def nnx_steps(thawed):
+    """The same with an nnx module, whose own variables the step updates."""
+    model = zoo.nnx_net(bnjax.nnx.BatchNorm)
+    trees = [nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))]
+    for seed, thaw in enumerate(thawed):
+        before = nnx.state(nnx.clone(model), nnx.BatchStat)
+        model(zoo.images(seed))
+        after = nnx.state(model, nnx.BatchStat)
+        frozen = tools.freeze_stats(before, after)
+        nnx.update(model, tools.unfreeze_stats(frozen, after) if thaw else frozen)
+        trees.append(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+    return trees
+
+
+@pytest.mark.parametrize("steps", [linen_steps, nnx_steps])
+def test_averages_go_on_from_where_they_stood(steps):
+    """Frozen they stand still; unfrozen they take the step that they would have taken from there."""
+    start, still, again, last = steps([False, False, True])
+    for tree in (still, again):
+        zoo.assert_trees_equal(tree, start)
+    assert not any(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(start), strict=True))
+    free = steps([True, True, True])
+    assert not any(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(free[-1]), strict=True))
+
+
+def unfreeze(after, frozen, **options):
+    """The order of the others: where the statistics come from, and where they go."""
+    return tools.unfreeze_stats(frozen, after, **options)
+
+
+@pytest.mark.parametrize("function", [tools.copy_stats, tools.freeze_stats, unfreeze])
 def test_selection_errors(function):
     with pytest.raises(ValueError, match="'stme' fits no layer"):
         function(stats(stem=2), stats(stem=2), layers=["stme"])

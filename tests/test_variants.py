@@ -77,6 +77,47 @@ def test_value_derivative_and_running_averages(variant, name):
         check(out | dict(dx=dx, dscale=dscale, dbias=dbias), wanted(variant, case), case, EXACT)
 
 
+@rows
+def test_transformed(variant):
+    """Second derivatives by the formula; rematerialised and mapped as when it is called as it is."""
+    case = by_name("two_features")
+    with jax.enable_x64(True):
+        x, scale, bias, dy, mask, running = draw(variant, case, jnp.float64)
+
+        def train(x):
+            return variant.train(x, scale, bias, running, axis=case.axis, mask=mask)[0]
+
+        def formula(x):
+            return variant.formula(x, scale, bias, running, case.features, mask)[0]
+
+        def slope(f, x):
+            return jax.grad(lambda x: jnp.sum(f(x) * dy))(x)
+
+        def curvature(f):
+            return jax.jvp(lambda x: jnp.sum(slope(f, x) * jnp.sin(x)), (x,), (dy,))[1]
+
+        terms = float(jnp.sum(jnp.abs(dy)) * (1 + jnp.max(jnp.abs(slope(formula, x)))))
+        assert_close(curvature(train), curvature(formula), EXACT, terms, "second derivative")
+        assert_close(slope(jax.checkpoint(train), x), slope(train, x), EXACT, what="dx, rematerialised")
+        several = jnp.stack([x, 2 * x[::-1]])
+        wanted_y, wanted_dx = (jnp.stack([f(x) for x in several]) for f in (train, lambda x: slope(train, x)))
+        assert_close(jax.vmap(train)(several), wanted_y, EXACT, what="y, mapped")
+        assert_close(jax.vmap(lambda x: slope(train, x))(several), wanted_dx, EXACT, what="dx, mapped")
+
+
+@rows
+def test_activation_and_residual(variant):
+    """act(y + residual), as if they followed: in training and in evaluation."""
+    x, scale, bias, dy, mask, running = draw(variant, MASKED)
+    options = dict(axis=MASKED.axis, mask=mask)
+    y, _ = variant.train(x, scale, bias, running, **options)
+    ended, _ = variant.train(x, scale, bias, running, **options, activation=jax.nn.relu, residual=dy)
+    assert_close(ended, jax.nn.relu(y + dy), tolerance(MASKED), what="training")
+    arguments, ending = (x, *running[:2], scale, bias), dict(activation=jax.nn.relu, residual=dy)
+    y, ended = (variant.evaluate(*arguments, axis=MASKED.axis, **e) for e in ({}, ending))
+    assert_close(ended, jax.nn.relu(y + dy), tolerance(MASKED), what="evaluation")
+
+
 @pytest.mark.parametrize("mode", ["one_device", "jit", "shard_map_vma", "shard_map_no_vma", "vmap"])
 @rows
 def test_spread_over_devices(variant, mode):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-import hlo
 import naive
 import oracle
 from bnjax.functional import batch_renorm, ghost_batch_norm, renorm_d_max, renorm_r_max, split_batch_norm
 from cases import assert_close, by_name, tolerance
+from experiments.bench import hlo
 
 MESH = Mesh(np.array(jax.devices()), ("data",))
 CASE = by_name("plain_shards")  # (32, 3, 4)
@@ -56,6 +56,18 @@ def test_ghost_of_any_size(options, sizes):
         moments = ghost_batch_norm(x, axis=0, mask=mask, **options)[1]
     for got, expected in zip(moments, oracle.statistics(x, (0,), mask), strict=True):
         assert_close(got, expected, 1e-12)
+
+
+def test_ghost_batches_of_an_explicitly_sharded_batch_lie_within_its_shards():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+        y, _ = jax.jit(lambda x: bnjax.ghost_batch_norm(x, virtual_batch_size=2))(sharded)
+        np.testing.assert_allclose(y, bnjax.ghost_batch_norm(x, virtual_batch_size=2)[0], atol=1e-6)
+        for options in (dict(virtual_batch_size=8), dict(virtual_batch_size=5), dict(num_virtual_batches=2)):
+            with pytest.raises(ValueError, match="must lie within the 8 shards of an explicitly sharded axis"):
+                bnjax.ghost_batch_norm(sharded, **options)
 
 
 @pytest.mark.parametrize("options", [{}, dict(virtual_batch_size=2, num_virtual_batches=2), dict(virtual_batch_size=0)])

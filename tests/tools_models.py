@@ -117,3 +117,19 @@ def through_orbax(tree, folder):
 def assert_trees_equal(actual, wanted):
     jax.tree.map(np.testing.assert_array_equal, actual, wanted)
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+
+
+def haiku_like(variables, rank=4):
+    """Trees of a Haiku network with the modules of linen variables, and zeros in them."""
+    params, state = {}, {}
+    words = {"kernel": "w", "scale": "scale"}
+    for module, held in variables["params"].items():
+        norm = "scale" in held
+        bias = {"bias": "offset" if norm else "b"}
+        params[module] = {(words | bias)[role]: np.zeros(value.shape, "f4") for role, value in held.items()}
+    for module, held in variables["batch_stats"].items():
+        shape = (1,) * (rank - 1) + held["mean"].shape
+        params[module] = {name: np.zeros(shape, "f4") for name in params[module]}
+        ema = {"average": np.zeros(shape, "f4"), "hidden": np.zeros(shape, "f4"), "counter": np.zeros((), "i4")}
+        state |= {f"{module}/~/{kind}_ema": ema for kind in ("mean", "var")}
+    return params, state

@@ -13,6 +13,7 @@ from bnjax.functional._moments import batch_moments as batch_moments
 from bnjax.functional._moving_average_batch_norm import RecentStats as RecentStats
 from bnjax.functional._moving_average_batch_norm import moving_average_batch_norm as moving_average_batch_norm
 from bnjax.functional._normalize import normalize as normalize
+from bnjax.functional._one_row import OneRowWarning as OneRowWarning
 from bnjax.functional._power_norm import power_norm as power_norm
 from bnjax.functional._running import RunningStats as RunningStats
 from bnjax.functional._running import update_running as update_running

@@ -6,14 +6,11 @@ have exactly the feature shape (a wrong channel count is refused, never broadcas
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-NamedTupleOf = TypeVar("NamedTupleOf", bound=Any)
 
 
 class Layout(NamedTuple):
@@ -32,7 +29,9 @@ def layout_of(x: jax.Array, axis: int | Sequence[int]) -> Layout:
     """The layout of x with feature axis or axes `axis`; raises ValueError if they do not fit x."""
     axes = tuple(axis) if isinstance(axis, (Sequence, np.ndarray)) and not isinstance(axis, str) else (axis,)
     if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes):
-        raise TypeError(f"axis must be an integer or a sequence of integers, known when the call is traced; got {axis!r}.")
+        raise TypeError(
+            f"axis must be an integer or a sequence of integers, known when the call is traced; got {axis!r}."
+        )
     if not axes:
         raise ValueError(f"axis names the feature axis or axes and must not be empty; got axis={axis!r}.")
     for a in axes:
@@ -49,14 +48,16 @@ def layout_of(x: jax.Array, axis: int | Sequence[int]) -> Layout:
 
 
 def as_array(name: str, a: Any) -> jax.Array:
-    """An argument as an array of numbers; those of less than a byte, and float8, for which JAX has no arithmetic, wider.
+    """An argument as an array of numbers; float8 and those of less than a byte, which JAX does not promote, as float32.
 
-    Raises TypeError for what holds no numbers: None, text, objects, dates, ragged lists, keys, shapes without values.
+    Raises TypeError for what holds none (None, text, objects, dates, ragged lists, keys, shapes without values) and
+    for a masked array of NumPy, whose mask JAX would drop.
     """
     problem, found = None, type(a).__name__
-    if not isinstance(a, (str, bytes, jax.ShapeDtypeStruct)):
+    if not isinstance(a, (str, bytes, jax.ShapeDtypeStruct, np.ma.MaskedArray)):
         try:
-            a = jnp.asarray(a)
+            foreign = isinstance(a, np.ndarray) and not a.dtype.isnative
+            a = jnp.asarray(a.astype(a.dtype.newbyteorder("=")) if foreign else a)
             found = f"dtype {a.dtype}"
             if jnp.issubdtype(a.dtype, jnp.number) or a.dtype == bool:
                 return a.astype(jnp.float32) if _is_narrow(a.dtype) else a
@@ -110,7 +111,7 @@ def as_vector(name: str, vector: jax.Array, layout: Layout, x: jax.Array | None 
     return vector
 
 
-def of_one_shape(what: str, *statistics: NamedTupleOf) -> tuple[NamedTupleOf, ...]:
+def of_one_shape(what: str, *statistics: Any) -> Any:
     """Tuples of per-channel arrays, checked to have one shape in all their parts: none of them is broadcast."""
     for s in statistics:
         if not hasattr(s, "_fields"):
@@ -136,6 +137,17 @@ def as_variance(var: jax.Array, layout: Layout) -> jax.Array:
             "broken: tools.inspect shows the layers, tools.recalibrate gives new ones."
         )
     return jnp.where((vector >= 0) & (vector < jnp.inf), vector, jnp.nan)
+
+
+def check_stored(shape: tuple[int, ...], x: jax.Array, **stored: jax.Array | None) -> None:
+    """Raises ValueError unless the variables of a module have the shape that x needs."""
+    for name, value in stored.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"the variable {name} of this layer must have shape {shape} for x of shape {x.shape}; it has "
+                f"{value.shape}. Check the channel count of x, the axis argument (num_features in nnx), or whether the "
+                "checkpoint is that of another model."
+            )
 
 
 def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
@@ -186,7 +198,7 @@ def as_integer(name: str, value: Any, least: int) -> int:
 
 
 def check_epsilon(epsilon: float, dtype: np.dtype) -> float:
-    """epsilon as a float; raises ValueError unless it is positive, and 1/√ε and its derivative ε^(−3/2)/2 are numbers."""
+    """epsilon as a float; raises ValueError unless 1/√ε and its derivative, of the size of ε^(−3/2), are numbers."""
     least = float(jnp.finfo(dtype).max) ** (-2 / 3)
     advice = f"Statistics of {dtype} need that where a channel is constant, or they divide by zero; 1e-5 is usual."
     return as_number("epsilon", epsilon, least, advice=advice)
@@ -222,9 +234,15 @@ def output_dtype(dtype: jax.typing.DTypeLike | None, *arrays: jax.Array | None) 
     if dtype is None:
         return promoted
     of_complex = jnp.issubdtype(promoted, jnp.complexfloating)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"dtype is that of the output and must name one, such as jnp.bfloat16; got {dtype!r}."
+        ) from error
     if not jnp.issubdtype(dtype, jnp.complexfloating if of_complex else jnp.floating):
         raise TypeError(
             f"dtype is that of the output and must be {'complex' if of_complex else 'floating'} where the input is "
-            f"{promoted}; got {jnp.dtype(dtype)}."
+            f"{promoted}; got {dtype}."
         )
     return jax.dtypes.canonicalize_dtype(dtype)

@@ -169,5 +169,9 @@ def _corrections(
 def _check_limits(r_max: jax.Array | float, d_max: jax.Array | float) -> None:
     """Raises ValueError where a limit that is known leaves no room (traced ones are trusted)."""
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not isinstance(limit, jax.core.Tracer) and not np.all(np.asarray(limit) >= least):
+        if isinstance(limit, jax.core.Tracer):
+            continue
+        if np.asarray(limit).dtype.kind not in "iuf":
+            raise TypeError(f"{name} must be a number, or one for each channel; got {limit!r}.")
+        if not np.all(np.asarray(limit) >= least):
             raise ValueError(f"{name} must be at least {least}, where it allows no correction; got {limit}.")

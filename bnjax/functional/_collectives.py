@@ -56,6 +56,8 @@ def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | N
 
 
 def _check_bound(name: str, shape: tuple[int, ...]) -> None:
+    if isinstance(name, int):
+        raise TypeError(f"axis_name must be the name of a mapped axis, or several; got the number {name}.")
     try:
         lax.axis_size(name)
     except NameError as error:

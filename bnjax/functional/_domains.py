@@ -17,7 +17,7 @@ def at_domain(stored: Tree, domain: Domain) -> Tree:
 
     def row(rows: jax.Array) -> jax.Array:
         index = _index(domain, len(rows))
-        return rows.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return jnp.asarray(rows).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
     return jax.tree.map(row, stored)
 
@@ -26,7 +26,7 @@ def set_domain(stored: Tree, domain: Domain, new: Tree) -> Tree:
     """The arrays [D, ...] of the tree with `new` in row `domain`; as they were for a traced domain that is none."""
 
     def with_row(rows: jax.Array, row: jax.Array) -> jax.Array:
-        return rows.at[_index(domain, len(rows))].set(row, mode="drop", wrap_negative_indices=False)
+        return jnp.asarray(rows).at[_index(domain, len(rows))].set(row, mode="drop", wrap_negative_indices=False)
 
     return jax.tree.map(with_row, stored, new)
 

@@ -1,15 +1,21 @@
 """What follows a normalisation at every position: y = act(y + residual)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from bnjax.functional._affine import Affine
 from bnjax.functional._axes import as_array
 
 Activation = Callable[[jax.Array], jax.Array] | None
+
+
+def as_activation(activation: Activation) -> Activation:
+    """The activation; raises TypeError unless it is a function that hashes."""
+    if activation is not None and not (callable(activation) and isinstance(activation, Hashable)):
+        raise TypeError(f"activation must be a hashable function of arrays, such as jax.nn.relu; got {activation!r}.")
+    return activation
 
 
 def as_residual(residual: jax.Array | None, x: jax.Array) -> jax.Array | None:

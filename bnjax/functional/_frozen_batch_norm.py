@@ -60,7 +60,7 @@ def frozen_batch_norm(
     x = _axes.as_input(x)
     layout = _axes.layout_of(x, axis)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
-    mean, var, scale, bias = lax.stop_gradient((mean, var, scale, bias))
+    mean, var, scale, bias = lax.stop_gradient((mean, _axes.as_variance(var, layout), scale, bias))
     x = readable(x, _axes.as_mask(mask, x), layout.expand(_axes.as_vector("mean", mean, layout, x)))
     return normalize(
         x, mean, var, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype, activation=activation, residual=residual

@@ -1,5 +1,6 @@
 """Ghost batch normalization: the statistics of small virtual batches, whatever the size of the batch."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -68,7 +69,7 @@ def ghost_batch_norm(
 
     Raises:
       ValueError: not one of `virtual_batch_size` and `num_virtual_batches` is given, or it is not positive; x has
-        feature axes only; else as :func:`bnjax.batch_norm`.
+        feature axes only; virtual batches cross the shards of an Explicit mesh; else as :func:`bnjax.batch_norm`.
       TypeError: as :func:`bnjax.batch_norm`.
 
     Examples:
@@ -95,7 +96,9 @@ def ghost_batch_norm(
     dtype = _axes.output_dtype(dtype, x, vectors["scale"], vectors["bias"])
     side_by_side = partial(_side_by_side, layout, epsilon=epsilon, dtype=dtype, activation=activation)
     parts, start, cut = [], 0, layout.rows[0]
-    for number, size in _sizes(x.shape[cut], virtual_batch_size, num_virtual_batches):
+    kinds = _sizes(x.shape[cut], virtual_batch_size, num_virtual_batches)
+    _check_within_shards(x, cut, kinds)
+    for number, size in kinds:
         pieces = {name: _piece(a, cut, start, number, size) for name, a in arrays.items()}
         parts.append(side_by_side(number, vectors, pieces))
         start += number * size
@@ -108,17 +111,31 @@ def ghost_batch_norm(
 
 def _sizes(examples: int, size: int | None, number: int | None) -> list[tuple[int, int]]:
     """Virtual batches of equal size, as (how many, examples in each): one kind or two."""
-    if (size is None) == (number is None) or (size or number or 0) < 1:
+    given = number if size is None else size
+    if (size is None) == (number is None) or (isinstance(given, int) and given < 1):
         raise ValueError(
             "give one of virtual_batch_size and num_virtual_batches, and it must be positive; "
             f"got virtual_batch_size={size} and num_virtual_batches={number}."
         )
     if size is not None:
-        whole, rest = divmod(examples, size)
+        whole, rest = divmod(examples, _axes.as_integer("virtual_batch_size", size, 1))
         return [kind for kind in ((whole, size), (1, rest)) if all(kind)] or [(1, 0)]
-    number = max(1, min(number or 1, examples))
+    number = max(1, min(_axes.as_integer("num_virtual_batches", number, 1), examples))
     size, larger = divmod(examples, number)
     return [kind for kind in ((larger, size + 1), (number - larger, size)) if kind[0]]
+
+
+def _check_within_shards(x: jax.Array, cut: int, kinds: list[tuple[int, int]]) -> None:
+    """An explicitly sharded axis can be divided into whole parts of its shards, and not otherwise."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[cut] or ()
+    shards = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    if shards > 1 and (len(kinds) > 1 or kinds[0][0] % shards):
+        raise ValueError(
+            f"virtual batches must lie within the {shards} shards of an explicitly sharded axis; got "
+            f"{' and '.join(f'{number} of {size}' for number, size in kinds)} examples for x {jax.typeof(x)}. Take a "
+            f"number of them that {shards} divides, or jax.sharding.reshard x, or a mesh of Auto axes."
+        )
 
 
 def _piece(a: jax.Array | None, cut: int, start: int, number: int, size: int) -> jax.Array | None:

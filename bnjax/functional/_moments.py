@@ -47,12 +47,21 @@ class Centred(NamedTuple):
         return self.pivot + self.rest
 
     def rstd(self, epsilon: float) -> jax.Array:
-        """1/√(var + ε)."""
-        rstd = self.unit * lax.rsqrt(self.scaled_var + epsilon * self.unit * self.unit)
-        return jnp.where(rstd >= jnp.finfo(rstd.dtype).tiny, rstd, jnp.nan)  # below: y would be 0 where x is over 1e37
+        """1/√(var + ε).
+
+        Where squares overflow, ε is nothing. There the variance is at least e²: about the second pivot, e is the
+        rounding of the mean, and a constant channel of 1e30 has no other variance. Over 1e37 it is NaN, where y
+        would be 0.
+        """
+        tiny = jnp.finfo(self.unit.dtype).tiny
+        rest = jnp.where(self.unit == 1, 0, self.rest * self.unit)
+        least = jnp.maximum((rest * rest.conj()).real, tiny)
+        rstd = self.unit * lax.rsqrt(jnp.maximum(self.scaled_var + epsilon * self.unit * self.unit, least))
+        return jnp.where(rstd >= tiny, rstd, jnp.nan)
 
     def moments(self) -> Moments:
-        return Moments(self.mean, self.scaled_var / self.unit / self.unit, self.count)
+        once = jnp.minimum(self.scaled_var / self.unit, jnp.finfo(self.unit.dtype).max)  # or XLA divides by unit², 0
+        return Moments(self.mean, once / self.unit, self.count)
 
 
 class Reduction(NamedTuple):
@@ -86,7 +95,8 @@ def batch_moments(
         real variance E\|x − mean\|², as in Flax.
       axis: the feature axis or axes; all others are reduced over.
       mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part,
-        even where they hold NaN or Inf.
+        even where they hold NaN or Inf. A weight that is negative, NaN or Inf is an error in a NumPy array or list; in
+        a jax.Array, whose values a trace cannot see, it makes the moments of its channels NaN.
       pivot: `[C]`, a guess of the mean; the running mean is the usual one. It changes the rounding and the time, not
         the value. Unless its type says that all devices hold the same, zero is taken: it counts under plain jit and in
         shard_map(check_vma=True), not in pmap, vmap and check_vma=False.
@@ -169,28 +179,29 @@ def _pair(z: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def centred_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None, K: jax.Array) -> Centred:
-    """The moments of x: about K where that is near enough to the mean, else about the mean itself."""
+    """The moments of x: about K where that is near enough to the mean, else about the mean itself.
+
+    Channels for which K is near enough keep what they have when others must sum again: none depends, to the last bit,
+    on what another one holds. That is chosen outside of the branch: chosen within it, two equal calls would not be one.
+    """
     if not _collectives.is_shared(K, x, reduction.group):
         K = jnp.zeros_like(K)  # sums about different pivots do not add up
     W, S1, S2 = _pooled_sums(reduction, x, weights, _kernels.row_sums, K)
-    first = _centred(K, jnp.ones_like(K), W, S1, S2)
+    # Without the barrier XLA:GPU makes these sums twice, for the branch and for what follows it: one read of x more.
+    first = lax.optimization_barrier(_centred(K, jnp.ones_like(K), W, S1, S2))
     accurate = first.rest**2 <= _GUARD * (first.scaled_var + reduction.floor)
     safe = accurate & jnp.isfinite(first.scaled_var)
-    return lax.cond(jnp.all(safe), lambda: first, lambda: _moments_again(reduction, x, weights, first, safe))
+    found = lax.cond(jnp.all(safe), lambda: first, lambda: _moments_again(reduction, x, weights, first))
+    return jax.tree.map(partial(jnp.where, safe), first, found)
 
 
-def _moments_again(
-    reduction: Reduction, x: jax.Array, weights: jax.Array | None, first: Centred, safe: jax.Array
-) -> Centred:
-    """The guard's branch: sums about the mean that was found, scaled down where the squares overflowed.
-
-    Channels that are safe keep what they have: none depends, to the last bit, on what another one holds.
-    """
+def _moments_again(reduction: Reduction, x: jax.Array, weights: jax.Array | None, first: Centred) -> Centred:
+    """The guard's branch: sums about the mean that was found, scaled down where the squares overflowed."""
     K = _coarse(jnp.where(jnp.isfinite(first.mean), first.mean, 0))
     shrink = 2.0 ** -(jnp.finfo(K.dtype).maxexp * 5 // 8)  # 2⁻⁸⁰ in float32: squares of what overflowed fit well
     unit = jnp.where(jnp.isfinite(first.scaled_var), 1, shrink).astype(K.dtype)
     _, S1, S2 = _pooled_sums(reduction, x, weights, _kernels.scaled_row_sums, K, unit, W=first.count)
-    return jax.tree.map(partial(jnp.where, safe), first, _centred(K, unit, first.count, S1, S2))
+    return _centred(K, unit, first.count, S1, S2)
 
 
 def _pooled_sums(
@@ -207,7 +218,8 @@ def _pooled_sums(
     if W is None and weights is not None:
         sums = [_collectives.match(_kernels.weight_sum(x, weights, layout, sums[0].dtype), sums[0]), *sums]
         W, *sums = _collectives.pool(jnp.stack(sums), group)
-        return [jnp.where(W < jnp.inf, W, jnp.nan), *sums]  # weights that overflow are no weights
+        least = jnp.finfo(W.dtype).tiny / jnp.finfo(W.dtype).eps  # weights that over- or underflow are none
+        return [jnp.where((W == 0) | ((least < W) & jnp.isfinite(W)), W, jnp.nan), *sums]
     pooled = _collectives.pool(jnp.stack(sums), group)
     if W is None:
         rows = math.prod(x.shape[a] for a in layout.rows) * _collectives.group_size(group)

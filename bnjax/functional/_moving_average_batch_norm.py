@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
-from bnjax.functional._finish import Activation, as_residual
+from bnjax.functional._finish import Activation, as_activation, as_residual
 from bnjax.functional._moments import Moments, Reduction
 from bnjax.functional._second_moment import Operands, Scaling, estimated
 
@@ -120,7 +120,7 @@ def moving_average_batch_norm(
         Reduction(layout, group, 0.0),
         _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)),
         _axes.output_dtype(dtype, x, scale, bias),
-        activation,
+        as_activation(activation),
         _RecentProjections(_axes.as_integer("warmup", warmup, 0)),
         r_max,
     )

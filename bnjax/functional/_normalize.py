@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from bnjax.functional import _axes, _kernels
-from bnjax.functional._finish import Activation, as_residual, finish
+from bnjax.functional._finish import Activation, as_activation, as_residual, finish
 
 
 def normalize(
@@ -32,7 +32,8 @@ def normalize(
     Args:
       x: `[..., C]`, any dtype; the arithmetic is in float32 at least, and the statistics are never cast down.
       mean: `[C]`.
-      var: `[C]`, biased variance.
+      var: `[C]`, biased variance. One that is negative, NaN or Inf is an error in a NumPy array or list; in a
+        jax.Array, whose values a trace cannot see, it makes y of its channel NaN.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
       axis: the feature axis or axes.
@@ -61,7 +62,7 @@ def normalize(
     mean, var = _axes.as_vector("mean", mean, layout, x), _axes.as_variance(var, layout)
     scale, bias = _axes.as_optional("scale", scale, layout, x), _axes.as_optional("bias", bias, layout, x)
     epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x, mean, var))
-    residual = as_residual(residual, x)
+    activation, residual = as_activation(activation), as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     return _normalize(layout, epsilon, dtype, activation, x, mean, var, scale, bias, residual)
 

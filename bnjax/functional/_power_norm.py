@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
-from bnjax.functional._finish import Activation, as_residual
+from bnjax.functional._finish import Activation, as_activation, as_residual
 from bnjax.functional._moments import Moments, Reduction
 from bnjax.functional._second_moment import Operands, Scaling, estimated
 
@@ -98,7 +98,7 @@ def power_norm(
         Reduction(layout, group, 0.0),
         _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)),
         _axes.output_dtype(dtype, x, scale, bias),
-        activation,
+        as_activation(activation),
         _RunningProjection(gradient_momentum),
     )
     arrays = (x, _axes.as_mask(mask, x), scale, bias)

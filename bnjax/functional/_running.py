@@ -23,13 +23,15 @@ Momentum = jax.Array | float | Callable[[jax.Array], jax.Array | float] | None
 class RunningStats(NamedTuple):
     """Running mean and running variance, per channel; float32 at least.
 
-    `steps`, the batches that each channel has taken, is there for the averages that need it. It is a float like its
-    neighbours, so that whatever differentiates, averages or stores the tree need not know it.
+    `steps`, the batches that each channel has taken, is there for the averages that need it; `skipped`, the batches
+    that it refused because their moments were not finite, for those who want to know. They are floats like their
+    neighbours, so that whatever differentiates, averages or stores the tree need not know them.
     """
 
     mean: jax.Array  # [C]
     var: jax.Array  # [C]
     steps: jax.Array | None = None  # [C], or None
+    skipped: jax.Array | None = None  # [C], or None
 
     @property
     def pivot(self) -> jax.Array:
@@ -67,12 +69,14 @@ def update_running(
       running: `RunningStats(mean, var)`, each `[C]`; with `steps`, `[C]`, wherever m depends on t.
       moments: `Moments` of the batch, each `[C]`.
       momentum: the weight m of the OLD value, in [0, 1] (PyTorch's momentum is the weight of the new one), may be
-        traced; or a function from a channel's step t = 0, 1, ... to it (an Optax schedule); or None.
+        traced (of one outside comes NaN); or a function from a channel's step t = 0, 1, ... to it (an Optax schedule);
+        or None.
       debias: leave the starting values out of the average. Not with a function, which can do so itself.
       unbiased_var: average var·n/(n − 1) for a batch of n rows on all devices, as PyTorch does; with n ≤ 1, var.
 
     Returns:
-      `RunningStats`, in the dtypes of `running`; `steps` one higher where the channel took the batch.
+      `RunningStats`, in the dtypes of `running`; `steps` one higher where the channel took the batch, `skipped` where
+      it did not because its moments were not finite.
 
     Raises:
       ValueError: the feature shapes differ, momentum lies outside [0, 1], or `steps` is missing.
@@ -96,8 +100,8 @@ def update_running(
     Differences: Flax and Keras keep the biased variance, as here by default; PyTorch the unbiased one. Equinox divides
     by 1 − mᵗ a variance that started at 1, not 0.
     """
-    share = _share_of_new(momentum, debias, running.steps)
     running, moments = _axes.of_one_shape("running statistics and moments", running, moments)
+    share = _share_of_new(momentum, debias, running.steps)
     if not all(jnp.issubdtype(v.dtype, jnp.inexact) for v in running if v is not None):
         raise TypeError(
             f"running statistics must be floating, for integers would round every step away; got {running.mean.dtype} "
@@ -112,8 +116,11 @@ def update_running(
         taken = jnp.where(good, (1 - share) * old + share * new, old)
         return taken.astype(_state_dtype(old, new))
 
-    steps = None if running.steps is None else running.steps + good.astype(running.steps.dtype)
-    return RunningStats(step(running.mean, mean), step(running.var, var), steps)
+    def count(counter: jax.Array | None, counted: jax.Array) -> jax.Array | None:
+        return None if counter is None else counter + counted.astype(counter.dtype)
+
+    counters = count(running.steps, good), count(running.skipped, (n > 0) & ~good)
+    return RunningStats(step(running.mean, mean), step(running.var, var), *counters)
 
 
 def _state_dtype(old: jax.Array, new: jax.Array) -> np.dtype:

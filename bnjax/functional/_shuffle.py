@@ -81,6 +81,8 @@ def _permuted(rows: Tree, key: jax.Array, axis_name: _collectives.AxisName, inve
     shapes = [jnp.shape(a) for a in jax.tree.leaves(rows)]
     if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(f"rows must be arrays of one number of rows, their first axis; got shapes {shapes}.")
+    if not isinstance(key, jax.Array) and getattr(key, "dtype", None) != jnp.uint32:
+        raise TypeError(f"key must be one key of jax.random, such as jax.random.key(0); got {type(key).__name__}.")
     if _collectives.varying(key):
         raise ValueError(
             f"key differs over the mesh axes {sorted(_collectives.varying(key))}, so that devices would disagree about "

@@ -156,4 +156,10 @@ def update_split_running(running: RunningStats, moments: Moments, domain: Domain
 
 def _row(v: jax.Array | None, domain: Domain, shape: tuple[int, ...]) -> jax.Array | None:
     """The domain's part of a vector that may be shared."""
-    return v if v is None or jnp.shape(v) == shape else at_domain(jnp.asarray(v), domain)
+    if v is None or jnp.shape(v) == shape:
+        return v
+    if jnp.shape(v)[1:] != shape:
+        raise ValueError(
+            f"vectors must be of the feature shape {shape}, or a row of it per domain; got {jnp.shape(v)}."
+        )
+    return at_domain(jnp.asarray(v), domain)

@@ -6,15 +6,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.core.scope import DenyList, in_filter
 from flax.linen.module import merge_param
 
 from bnjax.functional import Moments, RunningStats, batch_norm, merge_moments, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
-from bnjax.functional._axes import layout_of
+from bnjax.functional._axes import as_array, check_stored, layout_of
 from bnjax.functional._domains import ONE, Domains
 from bnjax.functional._finish import Activation, Ending
 from bnjax.functional._merge import moments_for_running
+from bnjax.functional._one_row import silent_if
 from bnjax.functional._running import Momentum, needs_steps
 
 
@@ -68,6 +70,8 @@ class BatchNorm(nn.Module):
         fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
         small all-reduces more. Without it, running averages follow the statistics that normalise.
       activation: a function that the output goes through, such as `jax.nn.relu`, after a residual was added.
+      count_skipped: count in one more variable, `batch_stats/skipped`, the batches that a channel's running averages
+        refused because its moments were NaN or Inf; `bnjax.tools.inspect` shows it.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` at the call of a
@@ -106,6 +110,7 @@ class BatchNorm(nn.Module):
     unbiased_var: bool = False
     stats_axis_name: str | Sequence[str] | None = None
     activation: Activation = None
+    count_skipped: bool = False
 
     @nn.compact
     def __call__(
@@ -169,10 +174,12 @@ class BatchNorm(nn.Module):
         domains: Domains = ONE,
     ) -> jax.Array:
         """The call; of the variables, the part that `domains` selects."""
-        shape = layout_of(jnp.asarray(x), self.axis).shape
+        x = as_array("x", x)
+        shape = layout_of(x, self.axis).shape
         update_stats = update_stats and not use_running_average and not self.is_initializing()
         variables = self._statistics(domains.shape(shape), jnp.iscomplexobj(x), update_stats)
         stored = RunningStats._make(None if v is None else v.value for v in variables)
+        check_stored(domains.shape(shape), x, **stored._asdict())
         running = domains.take(stored)
         ending = Ending(self._affine(x, shape, scale, bias, domains.of_affine), self.activation, residual)
         options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
@@ -180,7 +187,8 @@ class BatchNorm(nn.Module):
             return ending.finish(self._normalize(x, running, mask=mask, **options))
         if not self.is_initializing():
             options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
-        y, moments = self._batch_norm(x, running, mask=mask, **options)
+        with silent_if(self.is_initializing()):
+            y, moments = self._batch_norm(x, running, mask=mask, **options)
         if self._is_asked_for("moments"):
             self._accumulate(moments, domains)
         if update_stats:
@@ -200,15 +208,17 @@ class BatchNorm(nn.Module):
         return ending.finish(y)
 
     def _statistics(self, shape: tuple[int, ...], is_complex: bool, update_stats: bool) -> tuple[Any, ...]:
-        """The variables of `RunningStats`; None for steps that are not needed, or not there and only read."""
+        """The variables of `RunningStats`; None for a counter that is not needed, or not there and only read."""
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean_dtype = jnp.promote_types(stats_dtype, jnp.complex64) if is_complex else stats_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
-        has_steps = update_stats or self.is_initializing() or self.has_variable("batch_stats", "steps")
-        if not (self._counts_steps() and has_steps):
-            return mean, var, None
-        return mean, var, self.variable("batch_stats", "steps", jnp.zeros, shape, jnp.float32)
+
+        def counter(name: str, is_needed: bool) -> Any:
+            exists = update_stats or self.is_initializing() or self.has_variable("batch_stats", name)
+            return self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32) if is_needed and exists else None
+
+        return mean, var, counter("steps", self._counts_steps()), counter("skipped", self.count_skipped)
 
     def _is_asked_for(self, collection: str) -> bool:
         """Whether `mutable` names the collection. True, or all but a few (as in `init`), gives what Flax gives."""
@@ -236,6 +246,8 @@ class BatchNorm(nn.Module):
     ) -> Affine:
         """The parameters, or what the call gave in their place."""
         shape = domains.shape(shape)
+        loaded = {name: meta.unbox(self.get_variable("params", name)) for name in ("scale", "bias")}
+        check_stored(shape, x, **loaded)  # Flax's own error is neither of value nor of type
         scale_init = offset_init(self.scale_init, self.scale_offset)
         own_scale = self.param("scale", scale_init, shape, self.param_dtype) if self.use_scale else None
         own_bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None

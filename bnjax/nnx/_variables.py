@@ -40,9 +40,9 @@ def write(module: nnx.Module, values: Mapping[str, jax.Array], domains: Domains 
         row = variable.shape if domains.number is None else variable.shape[1:]
         value = domains.put(variable[...], value.reshape(row))
         try:
-            if value.dtype == variable.dtype:
+            if isinstance(variable.get_raw_value(), jax.Array) and value.dtype == variable.dtype:
                 variable[...] = value
-            else:  # a real mean that a complex batch made complex, where `[...]` would keep its real part alone
+            else:  # NumPy's, from a checkpoint, would be overwritten; a real mean would stay real in a complex batch
                 variable.set_value(value)
         except TraceContextError:
             _replace(module, name, variable.copy(value))

@@ -14,7 +14,7 @@ from jax.nn import initializers
 
 from bnjax.functional import Moments, RunningStats, batch_norm, normalize, update_running
 from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
-from bnjax.functional._axes import Layout, layout_of
+from bnjax.functional._axes import Layout, as_array, check_stored, layout_of, output_dtype
 from bnjax.functional._domains import ONE, Domains
 from bnjax.functional._finish import Activation, Ending
 from bnjax.functional._merge import moments_for_running
@@ -121,6 +121,7 @@ class BatchNorm(nnx.Module):
         unbiased_var: bool = False,
         stats_axis_name: str | Sequence[str] | None = None,
         activation: Activation = None,
+        count_skipped: bool = False,
     ):
         self.num_features = static(num_features)
         self.use_running_average = use_running_average
@@ -147,6 +148,8 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(stats_shape, jnp.float32))
         if self._counts_steps():
             self.steps = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
+        if count_skipped:
+            self.skipped = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
             scale = offset_init(scale_init, scale_offset)(rngs.params(), shape, param_dtype)
@@ -232,9 +235,9 @@ class BatchNorm(nnx.Module):
     ) -> jax.Array:
         """The call; of the variables, the part that `domains` selects."""
         use_running_average = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
-        x = jnp.asarray(x)
+        x = as_array("x", x)
         layout = layout_of(x, self.axis)
-        running = self._running(layout, domains)
+        running = self._running(x, layout, domains)
         ending = Ending(self._affine(x, layout, running, scale, bias, domains.of_affine), self.activation, residual)
         options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
         if use_running_average:
@@ -255,15 +258,18 @@ class BatchNorm(nnx.Module):
             write(self, {name: v for name, v in new._asdict().items() if v is not None}, domains)
         return ending.finish(y)
 
-    def _running(self, layout: Layout, domains: Domains) -> RunningStats:
-        steps = read(self.steps, layout, domains) if hasattr(self, "steps") else None
+    def _running(self, x: jax.Array, layout: Layout, domains: Domains) -> RunningStats:
         mean = read(self.mean, layout, domains)
         if mean.shape != layout.shape:
             raise ValueError(
                 f"num_features must be the size of the feature axes {layout.features} of x, {layout.shape}; "
                 f"got num_features={self.num_features}. Check the channel count, or the axis argument."
             )
-        return RunningStats(mean, read(self.var, layout, domains), steps)
+        counters = (getattr(self, name, None) for name in ("steps", "skipped"))
+        read_counters = (None if counter is None else read(counter, layout, domains) for counter in counters)
+        running = RunningStats(mean, read(self.var, layout, domains), *read_counters)
+        check_stored(layout.shape, x, **running._asdict())
+        return running
 
     def _affine(
         self,
@@ -275,9 +281,12 @@ class BatchNorm(nnx.Module):
         domains: Domains,
     ) -> Affine:
         """The parameters, or what the call gave in their place."""
-        scale = own_or_given("scale", None if self.scale is None else read(self.scale, layout, domains), scale)
-        bias = own_or_given("bias", None if self.bias is None else read(self.bias, layout, domains), bias)
-        promote = partial(self.promote_dtype, dtype=self.dtype)
+        own_scale = None if self.scale is None else read(self.scale, layout, domains)
+        own_bias = None if self.bias is None else read(self.bias, layout, domains)
+        check_stored(layout.shape, x, scale=own_scale, bias=own_bias)
+        scale, bias = own_or_given("scale", own_scale, scale), own_or_given("bias", own_bias, bias)
+        dtype = None if self.dtype is None else output_dtype(self.dtype, x)
+        promote = partial(self.promote_dtype, dtype=dtype)
         promoted = jax.eval_shape(promote, (x, running.mean, running.var, scale, bias))
         return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=promoted[0].dtype)
 

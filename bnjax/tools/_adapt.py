@@ -9,6 +9,7 @@ import optax  # type: ignore[import-untyped, unused-ignore]
 
 from bnjax.tools import _trees
 from bnjax.tools._decay_mask import affine_labels
+from bnjax.tools._sound import check_variances
 from bnjax.tools._trees import show
 
 
@@ -52,7 +53,7 @@ def adapt_statistics(variables: Any, moments: Mapping[str, Any], *, prior: float
     """
     if not (prior >= 0 and samples >= 0 and prior + samples > 0):
         raise ValueError(f"prior and samples must not be negative, nor both zero; got {prior} and {samples}.")
-    tree = _trees.flatten_with_layers(variables)
+    tree = check_variances(_trees.flatten_with_layers(variables))
     layers = {show(layer): layer for layer in tree.layers}
     target = _trees.by_layer(moments)
     if set(layers) != set(target):
@@ -161,7 +162,7 @@ def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -
       momentum: the weight of the OLD value, in [0, 1]; may be traced.
 
     Returns:
-      The new variables of the teacher, in their dtypes. Leaves that are not floating point are the student's.
+      The new variables of the teacher, in their dtypes. Integers are the student's.
 
     Raises:
       ValueError: no statistics in the tree, another structure or other shapes, or a momentum outside [0, 1].
@@ -188,7 +189,7 @@ def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -
         raise ValueError(f"teacher and student must have the same leaves; they differ in {differing}.")
 
     def step(a: jax.Array, b: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
+        if not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
             return b
         wide = jnp.promote_types(jnp.result_type(a), jnp.float32)  # in bfloat16 a step of 1 − m is lost
         return (momentum * jnp.asarray(a, wide) + (1 - momentum) * jnp.asarray(b, wide)).astype(jnp.result_type(a))

@@ -3,32 +3,43 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.functional import Moments, RunningStats, update_running
+from bnjax.functional._running import Momentum
+from bnjax.tools import _trees
 
 
 def apply_moments(
-    batch_stats: Mapping[str, Any], moments: Mapping[str, Any], *, momentum: jax.Array | float = 0.99
+    batch_stats: Mapping[str, Any],
+    moments: Mapping[str, Any],
+    *,
+    momentum: Momentum = 0.99,
+    debias: bool = False,
+    unbiased_var: bool = False,
 ) -> dict[str, Any]:
     r"""The running averages of every layer, one step on: :func:`bnjax.update_running` over a tree.
+
+    .. math:: \mathrm{mean} \leftarrow m\,\mathrm{mean} + (1 - m)\,\mathrm{mean}_\text{gathered}, \qquad
+              \mathrm{var} \leftarrow m\,\mathrm{var} + (1 - m)\,\mathrm{var}_\text{gathered}
 
     For gradient accumulation: call the model with `update_stats=False` and `mutable=["moments"]`, pass the collection
     `moments` on from micro-batch to micro-batch, and apply it once per optimizer step. The moments are those of all the
     micro-batches together, the variance of their means included.
 
     Args:
-      batch_stats: the linen collection, `{mean, var}` per layer, each `[C]`.
+      batch_stats: the linen collection, `{mean, var}` per layer, each `[C]`; with `steps` where they are counted.
       moments: the collection of that name that :class:`bnjax.linen.BatchNorm` fills, `{mean, var, count}` per layer.
         Layers without moments keep their averages.
-      momentum: the weight of the OLD values.
+      momentum: the weight of the OLD values, or a function or None, as the layers have it.
+      debias: as the layers have it.
+      unbiased_var: as the layers have it.
 
     Returns:
       The new `batch_stats`.
 
     Raises:
-      ValueError: moments of a layer that has no statistics.
+      ValueError: no statistics in the tree, moments of a layer that has none, or as :func:`bnjax.update_running`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bnjax
@@ -47,14 +58,16 @@ def apply_moments(
     References:
       Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", for the merge.
     """
+    _trees.flatten_with_layers(batch_stats)
     stats, gathered = flatten_dict(dict(batch_stats)), flatten_dict(dict(moments))
+    options: dict[str, Any] = dict(momentum=momentum, debias=debias, unbiased_var=unbiased_var)
     for path in sorted({key[:-1] for key in gathered}):
         if (*path, "mean") not in stats:
             raise ValueError(
                 f"moments of {'/'.join(path) or 'the top level'} have no statistics to go to: batch_stats holds "
                 f"{sorted({'/'.join(key[:-1]) for key in stats})}. Both collections must come from one model."
             )
-        running = RunningStats(stats[(*path, "mean")], stats[(*path, "var")])
-        new = update_running(running, Moments(*(gathered[(*path, k)] for k in Moments._fields)), momentum=momentum)
-        stats |= {(*path, "mean"): new.mean, (*path, "var"): new.var}
+        running = RunningStats(*(stats.get((*path, k)) for k in RunningStats._fields))
+        new = update_running(running, Moments(*(gathered[(*path, k)] for k in Moments._fields)), **options)
+        stats |= {(*path, k): value for k, value in new._asdict().items() if value is not None}
     return unflatten_dict(stats)

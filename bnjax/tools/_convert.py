@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.tools import _trees
+from bnjax.tools._sound import check_variances
 from bnjax.tools._trees import Path, show
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +56,7 @@ def key_of(path: Path, role: str, dialect: Dialect, names: Mapping[str, str], *,
 def filled(
     tree: _trees.Tree, leaves: list[Leaf], state: Mapping[str, Any], convert: Callable[[Array, Leaf], Array]
 ) -> Any:
-    """The tree with the values of `state`; raises ValueError where names or shapes do not correspond."""
+    """The tree with the values of `state`; raises ValueError for names, shapes or variances that do not fit."""
     wanted = {leaf.key for leaf in leaves}
     spare, missing = sorted(state.keys() - wanted), sorted(wanted - state.keys())
     if spare or missing:
@@ -72,4 +73,4 @@ def filled(
                 f"{leaf.shape}."
             )
         values.append(jnp.asarray(value, old.dtype))
-    return tree.build(values)
+    return check_variances(tree._replace(leaves=values)).build(values)

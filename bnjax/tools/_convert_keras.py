@@ -43,7 +43,8 @@ def from_keras(
       `variables` with all its leaves from `state`, in their own dtypes.
 
     Raises:
-      ValueError: names or shapes that do not correspond, in either direction: nothing is left out in silence.
+      ValueError: names or shapes that do not correspond, in either direction: nothing is left out in silence;
+        a running variance that is negative or not finite.
 
     Examples:
       >>> import numpy as np, jax.numpy as jnp

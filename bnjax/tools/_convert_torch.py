@@ -1,5 +1,6 @@
 """PyTorch state dicts to variables and back: names, layouts, and what the words mean."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def from_torch(
       counted.
 
     Raises:
-      ValueError: names or shapes that do not correspond, in either direction: nothing is left out in silence.
+      ValueError: names or shapes that do not correspond, in either direction: nothing is left out in silence;
+        a running variance that is negative or not finite.
 
     Examples:
       >>> import jax, jax.numpy as jnp, numpy as np, flax.linen as nn, bnjax
@@ -149,11 +151,21 @@ def _to_flax(value: Array, leaf: Leaf, chw: Sequence[int] | None, transposed: Se
         return value
     if value.ndim == 2:
         value = value.T  # [out, in] → [in, out]
-        return value if chw is None else np.moveaxis(value.reshape(*chw, -1), 0, -2).reshape(value.shape)
+        return value if chw is None else _channels_last(value, leaf, chw)
     spatial = tuple(range(2, value.ndim))
     if leaf.module in transposed:  # [in, out, ...], as the derivative of a convolution: mirrored
         return np.flip(value.transpose(*spatial, 0, 1), tuple(range(value.ndim - 2)))
     return value.transpose(*spatial, 1, 0)
+
+
+def _channels_last(value: Array, leaf: Leaf, chw: Sequence[int]) -> Array:
+    """The rows of a kernel in the order in which Flax flattens the positions."""
+    if len(value) != math.prod(chw):
+        raise ValueError(
+            f"{leaf.key} reads {len(value)} inputs (PyTorch's in_features), and flattened={tuple(chw)} makes "
+            f"{math.prod(chw)}: give (C, H, W) as it is before flattening, or mend in_features."
+        )
+    return np.moveaxis(value.reshape(*chw, -1), 0, -2).reshape(value.shape)
 
 
 def _to_torch(value: Array, leaf: Leaf, chw: Sequence[int] | None, transposed: Sequence[str]) -> Array:

@@ -9,9 +9,10 @@ from flax import nnx
 
 from bnjax.tools import _trees
 from bnjax.tools._fold_pairs import Match, Pair, find_pairs
-from bnjax.tools._fold_rules import fold_pair
+from bnjax.tools._fold_rules import fold_pair, put_row, take_row
 from bnjax.tools._fold_strip import strip, strip_module, stripped_apply
 from bnjax.tools._layers import Program, program
+from bnjax.tools._sound import check_variances
 from bnjax.tools._trees import Path, Tree, show
 
 Layers = dict[Path, dict[str, jax.Array]]  # the variables of each layer that takes part
@@ -40,6 +41,11 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
     uses that; or into the Conv or Dense that uses its output, if nothing else does and no zeros are padded in between.
     What cannot be folded is left in place, with the reason.
 
+    All variants in `bnjax.linen` and `bnjax.nnx` evaluate by this formula and are folded: FrozenBatchNorm in either
+    mode, PowerNorm and MovingAverageBatchNorm with the mean zero that they keep. A SplitBatchNorm is folded if its
+    domain is a number: the result is the network of that domain, whichever the model is given afterwards. Subclasses of
+    your own may do more, and are left.
+
     `stripped` runs without the folded normalizations: as `folded.apply_fn(folded.stripped, x)`, or, for linen, in your
     own definition of the network without them (its convolutions with `use_bias=True`), whose `params` it holds.
     `variables` fits the model as it is, for tools that want the old structure: the kernels are folded and each
@@ -58,7 +64,7 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
       `Folded(variables, stripped, apply_fn, pairs, left, difference)`.
 
     Raises:
-      ValueError: no statistics in the tree, or a pattern that fits no layer.
+      ValueError: no statistics in the tree, or a pattern that fits no layer; a variance that is negative or not finite.
 
     Examples:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, bnjax
@@ -79,7 +85,7 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
       https://arxiv.org/abs/1712.05877, section 3.2.
     """
     model = program(apply_fn, variables)
-    tree = _trees.flatten_with_layers(variables)
+    tree = check_variances(_trees.flatten_with_layers(variables))
     matches, left = find_pairs(_outputs(model, variables), x)
     chosen = _trees.select(tree.layers, layers)
     matches, shared = _foldable(tree, [m for m in matches if m.norm.path in chosen], variables)
@@ -114,7 +120,7 @@ def _foldable(tree: Tree, matches: list[Match], variables: Any) -> tuple[list[Ma
     shared = _shared_layers(variables)
     good, left = [], {}
     for match in matches:
-        layer, norm = _leaves(tree, match.layer.path), _leaves(tree, match.norm.path)
+        layer, norm = _leaves(tree, match.layer.path), take_row(match.norm, _leaves(tree, match.norm.path))
         if "kernel" not in layer or match.layer.path in shared or match.norm.path in shared:
             left[match.norm.path] = f"its variables, or those of {show(match.layer.path)}, are shared"
         elif layer["kernel"].ndim - match.layer.rank != norm["mean"].ndim - 1:
@@ -144,7 +150,10 @@ def _fold_all(tree: Tree, matches: list[Match], *, keep: bool) -> Layers:
     layers = {site.path: _leaves(tree, site.path) for m in matches for site in (m.norm, m.layer)}
     for match in matches:
         norm, layer = match.norm.path, match.layer.path
-        layers[norm], layers[layer] = fold_pair(match, layers[norm], layers[layer], keep=keep)
+        row = take_row(match.norm, layers[norm])
+        folded, layers[layer] = fold_pair(match, row, layers[layer], keep=keep)
+        if folded is not row:
+            layers[norm] = put_row(match.norm, folded, layers[norm])
     return layers
 
 

@@ -10,11 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bnjax.functional._axes import layout_of
 from bnjax.tools._flow import Flow, flow_of
+from bnjax.tools._kinds import is_own_class, kind_of
 from bnjax.tools._layers import Call, Program, handling, is_norm
 from bnjax.tools._trees import Path, show
 
 # What a call of BatchNorm may be given that changes nothing about a·x + c in evaluation, or comes after it.
-_HARMLESS = ("use_running_average", "mask", "update_stats", "residual")
+_HARMLESS = ("use_running_average", "mask", "update_stats", "residual", "domain")
 
 
 class Site(NamedTuple):
@@ -29,6 +30,8 @@ class Site(NamedTuple):
     rank: int = 0  # of the kernel, without axes that vmap or scan put before
     out_axis: int = -1  # of the kernel
     ends: bool = False  # whether a residual or an activation follows inside the normalization
+    row: int | None = None  # of the statistics, where there is one for each domain
+    shared_affine: bool = False  # whether scale and bias have no rows all the same
     problem: str = ""  # why a normalization cannot be folded, or why none can be folded into a layer from before it
 
 
@@ -71,19 +74,42 @@ def _label(call: int, path: Path) -> str:
 
 def _norm_site(call: Call, dtype: Any) -> Site:
     module = call.module
-    asked = call.options.get("use_running_average")
-    problem = ""
-    if not (module.use_running_average if asked is None else asked):
-        problem = "it normalises by the batch here: run the model in evaluation mode"
-    elif layout_of(call.x, module.axis).features != (call.x.ndim - 1,):
-        problem = f"its feature axis {module.axis} is not the last one"
-    elif type(module).__name__ != "BatchNorm":
-        problem = f"it is a {type(module).__name__}, which may do more than BatchNorm"
-    elif given := [name for name, value in call.options.items() if name not in _HARMLESS and value is not None]:
-        problem = f"its {' and '.join(given)} is given at the call"
     ends = getattr(module, "activation", None) is not None or call.options.get("residual") is not None
-    offset = getattr(module, "scale_offset", 0.0)
-    return Site(call.path, True, dtype, epsilon=module.epsilon, scale_offset=offset, ends=ends, problem=problem)
+    domain, problem = _domain(call), _problem(call)
+    if kind_of(module).domains and not problem and not isinstance(domain, (int, np.integer)):
+        problem = "its domain is not known before the model runs"
+    return Site(
+        call.path,
+        True,
+        dtype,
+        epsilon=module.epsilon,
+        scale_offset=getattr(module, "scale_offset", 0.0),
+        ends=ends,
+        row=None if problem or domain is None else int(domain),
+        shared_affine=getattr(module, "shared_affine", False),
+        problem=problem,
+    )
+
+
+def _domain(call: Call) -> Any:
+    """Whose statistics normalise, where there are several."""
+    given = call.options.get("domain")
+    return getattr(call.module, "domain", None) if given is None else given
+
+
+def _problem(call: Call) -> str:
+    """Why a normalization cannot be folded into any layer, or nothing."""
+    module, asked = call.module, call.options.get("use_running_average")
+    evaluates = module.use_running_average if asked is None else asked
+    if not (evaluates or kind_of(module).constant):
+        return "it normalises by the batch here: run the model in evaluation mode"
+    if layout_of(call.x, module.axis).features != (call.x.ndim - 1,):
+        return f"its feature axis {module.axis} is not the last one"
+    if is_own_class(module):
+        return f"it is a {type(module).__name__}, which may do more than BatchNorm"
+    if given := [name for name, value in call.options.items() if name not in _HARMLESS and value is not None]:
+        return f"its {' and '.join(given)} is given at the call"
+    return ""
 
 
 def _linear_site(call: Call, dtype: Any) -> Site:

@@ -34,6 +34,25 @@ def fold_pair(match: Match, norm: Leaves, layer: Leaves, *, keep: bool) -> tuple
     return identity, {**layer, "kernel": _by_input(kernel, a, match.layer.groups), "bias": bias}
 
 
+def take_row(site: Site, norm: Leaves) -> Leaves:
+    """The variables of a normalization, those of one domain where it has several: `[lead..., D, C]`."""
+    if site.row is None:
+        return norm
+    return {name: leaf if _shared(site, name) else leaf[..., site.row, :] for name, leaf in norm.items()}
+
+
+def put_row(site: Site, row: Leaves, norm: Leaves) -> Leaves:
+    """The variables in the shapes they had. What was folded is one domain's, and so every row is that one's."""
+    if site.row is None:
+        return row
+    whole = {name: leaf if _shared(site, name) else leaf[..., None, :] for name, leaf in row.items()}
+    return {name: jnp.broadcast_to(leaf, norm[name].shape) for name, leaf in whole.items()}
+
+
+def _shared(site: Site, name: str) -> bool:
+    return site.shared_affine and name in ("scale", "bias")
+
+
 def _affine(site: Site, norm: Leaves) -> tuple[jax.Array, jax.Array]:
     """a = scale/√(var + ε) and c = bias − mean·a."""
     mean, var = (norm[s].astype(jnp.promote_types(norm[s].dtype, jnp.float32)) for s in ("mean", "var"))
@@ -60,7 +79,12 @@ def _by_input(kernel: jax.Array, vector: jax.Array, groups: int) -> jax.Array:
 
 def _shifted(site: Site, norm: Leaves, shift: jax.Array) -> Leaves:
     """Variables with which the normalization is x + shift: (1 − ε) + ε is 1 in float32 too."""
-    leaves = {"mean": jnp.zeros_like(shift), "var": jnp.full_like(shift, 1 - site.epsilon)}
-    if "scale" in norm:
-        leaves["scale"] = jnp.full_like(shift, 1 - site.scale_offset)
-    return {**leaves, "bias": shift} if "bias" in norm else {**leaves, "mean": -shift}
+    one = jnp.ones_like(shift.real)
+    in_bias = "bias" in norm and not jnp.iscomplexobj(shift)  # a complex shift has no place in a real bias
+    leaves = {
+        "mean": jnp.zeros_like(shift) if in_bias else -shift,
+        "var": (1 - site.epsilon) * one,
+        "scale": (1 - site.scale_offset) * one,
+        "bias": shift if in_bias else jnp.zeros_like(one),
+    }
+    return {name: leaf for name, leaf in leaves.items() if name in norm}

@@ -62,8 +62,9 @@ def inspect(
       `Inspection(rows)`, a dict for each layer: `layer`, `channels`, `rows` (the fewest that any channel counted),
       `mean_drift` (in standard deviations), `var_drift` (in nepers: 0.1 is 10 %), `replica_divergence` (the largest
       distance of a replica's mean from that of all, in standard deviations), `constant` (channels whose variance is
-      below epsilon), `dead` (channels whose scale is next to zero), `mean_over_std`, `var_min`, `var_max`,
-      `scale_min`, `scale_median`, `scale_max`, and `flags`, a list of sentences. None where nothing is known.
+      below epsilon), `dead` (channels whose scale is next to zero), `skipped` (the most batches that a channel refused
+      because they were not finite; where the layer counts them), `mean_over_std`, `var_min`, `var_max`, `scale_min`,
+      `scale_median`, `scale_max`, and `flags`, a list of sentences. None where nothing is known.
 
     Raises:
       ValueError: no statistics in the tree; `moments` of another model; `replica_axis` that is not an axis.
@@ -111,6 +112,7 @@ def _row(
         "var_drift": None,
         "replica_divergence": float(np.max(np.abs(means - mean) / std)) if len(means) > 1 else None,
         "constant": int(np.sum(var < epsilon)),
+        "skipped": None if "skipped" not in leaves else int(_replicas(leaves["skipped"], replica_axis).max()),
         "dead": None if scale is None else int(np.sum(scale < _DEAD)),
         "mean_over_std": float(np.max(np.abs(mean) / std)),
         "var_min": float(var.min()),
@@ -136,19 +138,24 @@ def _replicas(leaf: jax.Array, axis: int | None) -> np.ndarray[Any, Any]:
                 f"replica_axis={axis} must be an axis of the statistics besides the channels'; "
                 f"they have shape {leaf.shape}."
             )
-        return np.moveaxis(np.asarray(leaf, np.float64), axis, 0)
+        return np.moveaxis(_wide(leaf), axis, 0)
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
-        return np.stack([np.asarray(shard.data, np.float64) for shard in leaf.addressable_shards])
-    return np.asarray(leaf, np.float64)[None]
+        return np.stack([_wide(shard.data) for shard in leaf.addressable_shards])
+    return _wide(leaf)[None]
+
+
+def _wide(leaf: Any) -> np.ndarray[Any, Any]:
+    """In float64; the mean of complex inputs in complex128."""
+    return np.asarray(leaf, np.complex128 if np.iscomplexobj(leaf) else np.float64)
 
 
 def _drift(mean: Any, var: Any, moments: Moments, epsilon: float) -> Row:
-    m, v, count = (np.asarray(s, np.float64) for s in moments)
+    m, v, count = map(_wide, moments)
     if m.shape != mean.shape:
         raise ValueError(f"moments of shape {m.shape} do not fit statistics of shape {mean.shape}.")
     var = np.maximum(var, 0) + epsilon
     return {
         "rows": float(count.min()),
-        "mean_drift": float(np.sqrt(np.mean((m - mean) ** 2 / var))),
+        "mean_drift": float(np.sqrt(np.mean(np.abs(m - mean) ** 2 / var))),
         "var_drift": float(np.sqrt(np.mean(np.log((np.maximum(v, 0) + epsilon) / var) ** 2))),
     }

@@ -26,7 +26,7 @@ def flags_of(row: Mapping[str, Any]) -> list[str]:
             "mean is 0 and var is 1 everywhere: the statistics were never updated; train with "
             "use_running_average=False and keep the updated batch_stats, or recalibrate()."
         ]
-    checks = (_constant, _dead, _rows, _drift, _replicas, _scales)
+    checks = (_constant, _dead, _skipped, _rows, _drift, _replicas, _scales)
     return [flag for check in checks if (flag := check(row))]
 
 
@@ -50,6 +50,15 @@ def _dead(row: Mapping[str, Any]) -> str:
     return (
         f"{row['dead']} of {row['channels']} channels have a scale next to zero: prune them, or take the scale out of "
         "weight decay with decay_mask()."
+    )
+
+
+def _skipped(row: Mapping[str, Any]) -> str:
+    if not row["skipped"]:
+        return ""
+    return (
+        f"{row['skipped']} batches held NaN or Inf in some channel and left its running statistics alone: look at the "
+        "data, the learning rate or the loss scale; reset_stats() starts the count again."
     )
 
 

@@ -16,6 +16,7 @@ _COLUMNS = (  # key, heading
     ("replica_divergence", "replicas"),
     ("constant", "constant"),
     ("dead", "dead"),
+    ("skipped", "skipped"),
     ("mean_over_std", "|mean|/std"),
     ("var_min", "var min"),
     ("var_max", "var max"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,22 @@ from bnjax.functional._axes import layout_of
 from bnjax.functional._collectives import group_of, group_size
 from bnjax.functional._merge import moments_for_running
 from bnjax.tools import _trees
+from bnjax.tools._kinds import kind_of
 from bnjax.tools._layers import Call, Program, handling, is_norm
 from bnjax.tools._trees import Path, show
 
 Settled = Mapping[Path, jax.Array | bool]
 
 
-def layer_moments(model: Program, state: Any, batch: Any, settled: Settled) -> dict[Path, Moments]:
-    """Moments of the input of each layer, in the order in which the layers run.
+class Found(NamedTuple):
+    """What one run of a model shows."""
+
+    moments: dict[Path, Moments]  # in the order in which the layers run
+    constant: frozenset[Path]  # the layers whose statistics are not to be changed
+
+
+def layer_moments(model: Program, state: Any, batch: Any, settled: Settled) -> Found:
+    """Moments of the input of each layer: about zero, with mean 0, where the layer keeps those.
 
     Args:
       model: the program.
@@ -35,18 +43,24 @@ def layer_moments(model: Program, state: Any, batch: Any, settled: Settled) -> d
     """
     first = _Recorder(settled, counting=False)
     stats = first.updated(model, state, batch)
-    counts = {layer: jnp.full_like(stats[layer]["mean"], rows) for layer, rows in first.rows.items()}
+    counts = {layer: jnp.full_like(stats[layer]["var"], rows) for layer, rows in first.rows.items()}
     if first.masked:
         again = _Recorder(settled, counting=True).updated(model, state, batch)
-        counts = {layer: again[layer]["mean"] for layer in first.rows}
-    return {layer: _finite(Moments(stats[layer]["mean"], stats[layer]["var"], counts[layer])) for layer in first.rows}
+        counts = {layer: again[layer]["mean"].real for layer in first.rows}
+    found = {layer: _finite(Moments(stats[layer]["mean"], stats[layer]["var"], counts[layer])) for layer in first.rows}
+    return Found(found, frozenset(first.constant))
+
+
+def _about_zero(moments: Moments) -> Moments:
+    """E[x²] = var + mean², in the place of the variance."""
+    return Moments(jnp.zeros_like(moments.mean), moments.var + moments.mean**2, moments.count)
 
 
 def _finite(moments: Moments) -> Moments:
     """Channels whose moments are not finite count nothing."""
     mean, var = (s.astype(jnp.promote_types(s.dtype, jnp.float32)) for s in (moments.mean, moments.var))
     good = jnp.isfinite(mean) & jnp.isfinite(var)
-    return Moments(mean, var, jnp.where(good, moments.count.astype(mean.dtype), 0))
+    return Moments(mean, var, jnp.where(good, moments.count.astype(var.dtype), 0))
 
 
 class _Recorder:
@@ -56,6 +70,7 @@ class _Recorder:
         self.settled, self.counting = settled, counting
         self.rows: dict[Path, int] = {}  # without masks; in the order in which the layers run
         self.masked = False
+        self.constant: set[Path] = set()
         self._earlier: dict[Path, tuple[Any, tuple[jax.Array, jax.Array], Moments]] = {}
 
     def updated(self, model: Program, state: Any, batch: Any) -> dict[Path, dict[str, jax.Array]]:
@@ -76,6 +91,9 @@ class _Recorder:
         mask = call.options.get("mask")
         running, moments, pooled = self._observe(call, mask)
         use = self.settled.get(call.path, False)
+        if kind_of(call.module).constant:
+            use = True
+            self.constant.add(call.path)
         call.store(RunningStats(*(jnp.where(use, a, b) for a, b in zip(running, moments[:2], strict=True))))
         y = call.run_on_running_average(call.x if mask is None else _fill(call, mask, moments.mean))
         call.store(RunningStats(pooled.count if self.counting else pooled.mean, pooled.var))
@@ -89,6 +107,8 @@ class _Recorder:
         moments = batch_moments(
             call.x, axis=call.module.axis, mask=mask, axis_name=names[0], axis_index_groups=names[1]
         )
+        if kind_of(call.module).about_zero:
+            moments = _about_zero(moments)
         everybody = getattr(call.module, "stats_axis_name", None)
         # nnx keeps the statistics of several feature axes flat
         mean, var, *_ = call.stats()

@@ -45,6 +45,10 @@ def recalibrate(
     before it use their new statistics: exact in every layer for the network as it will be evaluated, at L times the
     price. Layers stacked by scan have one path and count as one layer: among themselves they are as in one pass.
 
+    The layers of other kinds in `bnjax.linen` and `bnjax.nnx` get the statistics that their evaluation means:
+    GhostBatchNorm and BatchRenorm those above, PowerNorm and MovingAverageBatchNorm the quadratic mean of all rows (and
+    mean 0); FrozenBatchNorm keeps and uses its own; SplitBatchNorm, with rows for several domains, is refused.
+
     Everything runs in one jitted program: give sharded batches (the same number on every process) and each process ends
     with the same statistics. For batches that differ by process use :func:`merge_stats` on the results.
 
@@ -68,7 +72,8 @@ def recalibrate(
 
     Raises:
       ValueError: no statistics in the tree, no batches, a layer that does not run or that no batch gave finite moments
-        for, or an iterator that cannot be gone through again.
+        for, layers that are all frozen or one with several sets of statistics, or an iterator that cannot be gone
+        through again.
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, bnjax
@@ -90,10 +95,10 @@ def recalibrate(
     model = program(apply_fn, variables)
     passes = _Passes(model, batches, layers, progress)
     if not layerwise:
-        return _with_stats(variables, passes.totals(model.state, {}))
+        return _with_stats(variables, passes.changing(passes.totals(model.state, {})))
     if isinstance(batches, Iterator):
         raise ValueError("layerwise goes through the batches once for each layer: pass a sequence, not an iterator.")
-    state, settled = model.state, dict.fromkeys(passes.order(), False)
+    state, settled = model.state, dict.fromkeys(passes.changing(passes.order()), False)
     for layer in settled:
         state = _with_stats(state, {layer: passes.totals(state, settled)[layer]})
         settled[layer] = True
@@ -122,7 +127,8 @@ def collect_moments(
       progress: True shows a bar where tqdm is installed; a function is called with the number of batches done.
 
     Returns:
-      `{"block1/norm": Moments(mean, var, count), ...}`, each of the shape of the layer's statistics.
+      `{"block1/norm": Moments(mean, var, count), ...}`, each of the shape of the layer's statistics; about zero, with
+      mean 0, for PowerNorm and MovingAverageBatchNorm, which keep those.
 
     Raises:
       ValueError: as :func:`recalibrate`.
@@ -151,6 +157,7 @@ class _Passes:
         self.tree = _trees.flatten_with_layers(model.state)
         self.chosen = _trees.select(self.tree.layers, layers)
         self._ran: list[Path] = []
+        self._constant: frozenset[Path] = frozenset()
         self._step = jax.jit(partial(self._add, model))
 
     def totals(self, state: Any, settled: Settled) -> Totals:
@@ -163,19 +170,29 @@ class _Passes:
             raise ValueError(_EMPTY)
         return totals
 
-    def order(self) -> list[Path]:
+    def changing(self, layers: dict[Path, Any]) -> dict[Path, Any]:
+        """Without those whose statistics stay; known once the program was traced."""
+        changing = {layer: value for layer, value in layers.items() if layer not in self._constant}
+        if not changing:
+            raise ValueError(
+                f"{[show(layer) for layer in layers]} are of FrozenBatchNorm, whose statistics are constants: there is "
+                "nothing to recalibrate. With BatchNorm in its place there is: the variables are the same."
+            )
+        return changing
+
+    def order(self) -> dict[Path, None]:
         """The chosen layers in the order in which they run."""
         for batch in self.batches:
             settled = dict.fromkeys(self.tree.layers, jnp.asarray(False))
             self._step.eval_shape(self.tree.build(self.tree.leaves), settled, self._start(), batch)
-            return [layer for layer in self._ran if layer in self.chosen]
+            return dict.fromkeys(layer for layer in self._ran if layer in self.chosen)
         raise ValueError(_EMPTY)
 
     def _start(self) -> Totals:
         return {layer: _nothing(self.tree.stats(layer)["mean"]) for layer in self.chosen}
 
     def _add(self, model: Program, state: Any, settled: Settled, totals: Totals, batch: Any) -> Totals:
-        found = layer_moments(model, state, batch, settled)
+        found, self._constant = layer_moments(model, state, batch, settled)
         self._ran = list(found)
         missing = [show(layer) for layer in self.chosen if layer not in found]
         if missing:
@@ -188,7 +205,7 @@ class _Passes:
 
 def _nothing(like: jax.Array) -> Moments:
     zero = jnp.zeros(like.shape, jnp.promote_types(like.dtype, jnp.float32))
-    return Moments(zero, zero, zero)
+    return Moments(zero, zero.real, zero.real)  # the mean of complex inputs is complex, and nothing else
 
 
 def _with_stats(variables: Any, totals: Totals) -> Any:

@@ -1,7 +1,6 @@
-"""Running statistics as part of a tree: merge, reset, copy, freeze."""
+"""Running statistics as part of a tree: merge, reset, copy, freeze, unfreeze."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 
 from bnjax.functional import Moments, merge_moments
 from bnjax.tools import _trees
-from bnjax.tools._layers import Call, handling, is_norm
 from bnjax.tools._trees import Path, Tree, show
 
 
@@ -96,29 +94,34 @@ def _weights(counts: Sequence[float] | None, parts: int) -> list[float]:
 
 def _merge(parts: Sequence[dict[str, jax.Array]], counts: Sequence[float]) -> dict[str, jax.Array]:
     def moments(part: dict[str, jax.Array], count: float) -> Moments:
-        dtype = jnp.promote_types(jnp.result_type(part["mean"], part["var"]), jnp.float32)
-        mean, var = jnp.asarray(part["mean"], dtype), jnp.asarray(part["var"], dtype)
-        return Moments(mean, var, jnp.full_like(mean, count))
+        mean, var = (
+            jnp.asarray(s, jnp.promote_types(jnp.result_type(s), jnp.float32)) for s in (part["mean"], part["var"])
+        )
+        return Moments(mean, var, jnp.full_like(var, count))
 
     merged = merge_moments(*map(moments, parts, counts))
     stats = {"mean": merged.mean, "var": merged.var}
-    if all("steps" in part for part in parts):  # the batches behind the merged average are those behind its parts
-        stats["steps"] = sum((p["steps"] for p, n in zip(parts, counts, strict=True) if n > 0), jnp.zeros(()))
+    for counter in ("steps", "skipped"):  # the batches behind the merged average are those behind its parts
+        if all(counter in part for part in parts):
+            stats[counter] = sum((p[counter] for p, n in zip(parts, counts, strict=True) if n > 0), jnp.zeros(()))
     return stats
 
 
-def reset_stats(variables: Any, *, layers: Sequence[str] | None = None) -> Any:
-    r"""Statistics as they start: :math:`\mathrm{mean} = 0, \mathrm{var} = 1`, and no steps counted.
+def reset_stats(
+    variables: Any, *, layers: Sequence[str] | None = None, statistics: Sequence[str] = _trees.STATISTICS
+) -> Any:
+    r"""Statistics as they start: :math:`\mathrm{mean} = 0, \mathrm{var} = 1`, and no steps or skipped batches counted.
 
     Args:
       variables: a tree with statistics of any shapes.
       layers: patterns of layers, such as `"block1/*"`; all by default.
+      statistics: which of `mean`, `var`, `steps` and `skipped`; `["skipped"]` starts that count again and no more.
 
     Returns:
-      The tree, with the statistics of those layers reset and all else untouched.
+      The tree, with those statistics of those layers reset and all else untouched.
 
     Raises:
-      ValueError: no statistics in the tree, or a pattern that fits no layer.
+      ValueError: no statistics in the tree, a pattern that fits no layer, or another name of a statistic.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -127,9 +130,16 @@ def reset_stats(variables: Any, *, layers: Sequence[str] | None = None) -> Any:
       {'bn': {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}}
     """
     tree = _trees.flatten_with_layers(variables)
-    start = {"mean": jnp.zeros_like, "var": jnp.ones_like, "steps": jnp.zeros_like}
+    if isinstance(statistics, str) or not set(statistics) <= set(_trees.STATISTICS):
+        raise ValueError(f"statistics must be some of {_trees.STATISTICS}, in a sequence; got {statistics!r}.")
+
+    def start(role: str, old: jax.Array) -> jax.Array:
+        return jnp.ones_like(old) if role == "var" else jnp.zeros_like(old)
+
     chosen = _trees.select(tree.layers, layers)
-    return tree.replace({layer: {r: start[r](s) for r, s in tree.stats(layer).items()} for layer in chosen})
+    return tree.replace(
+        {layer: {r: start(r, old) for r, old in tree.stats(layer).items() if r in statistics} for layer in chosen}
+    )
 
 
 def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None) -> Any:
@@ -182,8 +192,8 @@ def freeze_stats(before: Any, after: Any, *, layers: Sequence[str] | None = None
 
     .. math:: \mathrm{mean}_\text{after} \leftarrow \mathrm{mean}_\text{before} \quad \text{for the frozen layers}
 
-    For trees of any library, inside `jit` too; a layer is unfrozen by not naming it any more. It says which statistics
-    are kept. Which ones normalise is the module's business: :func:`frozen_norms` for linen, and for nnx
+    For trees of any library, inside `jit` too; :func:`unfreeze_stats` undoes it. It says which statistics are kept.
+    Which ones normalise is the module's business: :func:`frozen_norms` for linen, and for nnx
     `model.set_attributes(nnx.BatchNorm, use_running_average=True)`.
 
     Args:
@@ -209,43 +219,37 @@ def freeze_stats(before: Any, after: Any, *, layers: Sequence[str] | None = None
     return copy_stats(before, after, layers=layers)
 
 
-@contextmanager
-def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
-    r"""Within it, linen batch normalization layers run on their running statistics and leave them as they are.
+def unfreeze_stats(frozen: Any, after: Any, *, layers: Sequence[str] | None = None) -> Any:
+    r"""The inverse of :func:`freeze_stats`: a tree with frozen statistics, but for some layers those of the step.
 
-    .. math:: y = \frac{x - \mathrm{mean}_\text{running}}{\sqrt{\mathrm{var}_\text{running} + \epsilon}}
-              \cdot \mathrm{scale} + \mathrm{bias}
+    .. math:: \mathrm{mean}_\text{frozen} \leftarrow \mathrm{mean}_\text{after} \quad \text{for the unfrozen layers}
 
-    Fine-tuning with frozen batch normalization, for a model whose own `train` flag also turns dropout on. It may stand
-    inside a jitted function or around its calls. Gradients still flow to scale and bias; see
-    :func:`affine_labels` to freeze these. For nnx modules use
-    `model.set_attributes(nnx.BatchNorm, use_running_average=True)`, and `False` to unfreeze.
+    `unfreeze_stats(freeze_stats(before, after), after)` is `after`; with `layers` it says which averages move while all
+    others stand still, as in gradual unfreezing. An average that stood still is that of the weights of its time, and
+    goes on from there: :func:`recalibrate` brings it to the weights of now at once, :func:`reset_stats` starts it anew
+    (with `debias`, `momentum=None` or a schedule its steps too, which else weigh the old value as before).
+
+    As with freezing, which statistics normalise is the module's business: outside :func:`frozen_norms` linen layers
+    normalise by the batch again, and nnx layers after `model.set_attributes(nnx.BatchNorm, use_running_average=False)`.
 
     Args:
-      layers: patterns of the layers to freeze, such as `"block1/*"`; all by default.
+      frozen: the tree that :func:`freeze_stats` returned, with statistics of any shapes.
+      after: the tree after the step, as it was given to that.
+      layers: patterns of the layers to unfreeze, such as `"head/*"`; all by default.
+
+    Returns:
+      `frozen`, with the statistics of those layers from `after`.
 
     Raises:
-      ValueError: `layers` is one string instead of a sequence.
+      ValueError: as :func:`copy_stats`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, bnjax
+      >>> import jax.numpy as jnp
       >>> from bnjax import tools
-      >>> norm, x = bnjax.linen.BatchNorm(use_running_average=False), jnp.array([[4.0], [6.0]])
-      >>> variables = norm.init(jax.random.key(0), x)
-      >>> with tools.frozen_norms():
-      ...     print(jnp.round(norm.apply(variables, x)).T)
-      [[4. 6.]]
+      >>> before = {name: {"mean": jnp.zeros(1), "var": jnp.ones(1)} for name in ("stem", "head")}
+      >>> after = {name: {"mean": jnp.ones(1), "var": jnp.ones(1)} for name in ("stem", "head")}
+      >>> kept = tools.unfreeze_stats(tools.freeze_stats(before, after), after, layers=["head"])
+      >>> print(kept["stem"]["mean"], kept["head"]["mean"])
+      [0.] [1.]
     """
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be a sequence of patterns; got the string {layers!r}: write [{layers!r}].")
-
-    chosen = None if layers is None else tuple(layers)
-
-    def run(call: Call) -> jax.Array:
-        named = chosen is None or any(_trees.matches(call.path, p) for p in chosen)
-        if is_norm(call.module) and named:
-            return call.run_on_running_average(call.x)
-        return call.run(call.x)
-
-    with handling(run, key=("frozen", chosen)):
-        yield
+    return copy_stats(after, frozen, layers=layers)

@@ -20,7 +20,7 @@ from bnjax.functional import Moments
 Path = tuple[str, ...]  # names from the root to a layer or a leaf; the collection is left out
 
 COLLECTIONS = ("params", "batch_stats")
-STATISTICS = ("mean", "var", "steps")  # the last one where the average needs it
+STATISTICS = ("mean", "var", "steps", "skipped")  # the last two, counters of batches, where they are wanted
 ROLES = (*STATISTICS, "scale", "bias")
 
 
