@@ -1,0 +1,196 @@
+"""The same layer in every library: train and evaluate, each in the layout that it is made for.
+
+A JAX peer is a pair of functions of (parameters, state, x); a step of it is compiled with donated outputs, so that no
+page of memory is new: page faults of fresh buffers cost more than the arithmetic. PyTorch's are timed apart, for its
+idle threads spin on the cores of whoever runs next.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import bnjax
+
+Forward = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+MODES = ("forward", "forward + backward", "evaluation")
+
+
+class Peer(NamedTuple):
+    """Parameters and state of a layer, and what it does with x."""
+
+    params: Any
+    state: Any
+    train: Forward
+    evaluate: Callable[[Any, Any, jax.Array], jax.Array]
+
+
+def _linen(module: Callable[..., nn.Module], shape: Sequence[int], dtype: Any) -> Peer:
+    def apply(params: Any, state: Any, x: jax.Array, **options: Any) -> Any:
+        return module(dtype=dtype).apply({"params": params, "batch_stats": state}, x, **options)
+
+    zeros, ones = jnp.zeros(shape[-1]), jnp.ones(shape[-1])
+    params, state = dict(scale=ones, bias=zeros), dict(mean=zeros, var=ones)
+    train = partial(apply, use_running_average=False, mutable=["batch_stats"])
+    return Peer(params, state, train, partial(apply, use_running_average=True))
+
+
+def _nnx(module: Callable[..., nnx.Module], shape: Sequence[int], dtype: Any) -> Peer:
+    graph, params, state = nnx.split(module(shape[-1], dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    def train(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        layer = nnx.merge(graph, params, state, copy=True)
+        return layer(x, use_running_average=False), nnx.state(layer, nnx.BatchStat)
+
+    def evaluate(params: Any, state: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params, state)(x, use_running_average=True)
+
+    return Peer(params, state, train, evaluate)
+
+
+def _haiku(shape: Sequence[int], dtype: Any) -> Peer:
+    import haiku as hk
+
+    def layer(x: jax.Array, is_training: bool) -> jax.Array:
+        return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=0.99)(x, is_training)
+
+    transformed = hk.without_apply_rng(hk.transform_with_state(layer))
+    params, state = transformed.init(None, jnp.zeros((1, *shape[1:]), dtype), True)
+    train = lambda p, s, x: transformed.apply(p, s, x, True)  # noqa: E731
+    return Peer(params, state, train, lambda p, s, x: transformed.apply(p, s, x, False)[0])
+
+
+def _equinox(shape: Sequence[int], dtype: Any) -> Peer:
+    """Example by example, channels first: its own layout."""
+    import equinox as eqx
+
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(shape[1], axis_name="batch", mode="batch")
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def train(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        over = jax.vmap(eqx.combine(params, static), axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        return over(x, state)
+
+    def evaluate(params: Any, state: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x: eqx.nn.inference_mode(eqx.combine(params, static))(x, state)[0], axis_name="batch")(x)
+
+    return Peer(params, state, train, evaluate)
+
+
+def _keras(shape: Sequence[int], dtype: Any) -> Peer:
+    import keras
+
+    policy = "mixed_bfloat16" if dtype == jnp.bfloat16 else "float32"
+    layer = keras.layers.BatchNormalization(dtype=policy)
+    layer.build((None, *shape[1:]))
+    params, state = (
+        [jnp.asarray(v.value) for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables)
+    )
+    evaluate = lambda p, s, x: layer.stateless_call(p, s, x, training=False)[0]  # noqa: E731
+    return Peer(params, state, lambda p, s, x: layer.stateless_call(p, s, x, training=True), evaluate)
+
+
+_JAX: dict[str, tuple[str, Callable[..., Peer]]] = {
+    "bnjax": ("bnjax", partial(_linen, bnjax.BatchNorm)),
+    "flax.linen": ("flax", partial(_linen, nn.BatchNorm)),
+    "flax.linen, accurate": ("flax", partial(_linen, partial(nn.BatchNorm, use_fast_variance=False))),
+    "flax.nnx": ("flax", partial(_nnx, nnx.BatchNorm)),
+    "haiku": ("haiku", _haiku),
+    "equinox": ("equinox", _equinox),
+    "keras": ("keras", _keras),
+}
+CHANNELS_FIRST = {"equinox", "torch"}
+JAX_PEERS, TORCH_PEERS = tuple(_JAX), ("torch", "torch, channels last")
+
+
+def left_out() -> list[str]:
+    """The libraries that are not installed."""
+    return [name for name in ("haiku", "equinox", "keras", "torch") if find_spec(name) is None]
+
+
+def jax_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
+    """A run of one peer's step."""
+    if name in CHANNELS_FIRST:
+        x, dy = (np.ascontiguousarray(np.moveaxis(a, -1, 1)) for a in (x, dy))
+    peer = _JAX[name][1](x.shape, dtype)
+    return compiled_run(partial(_step, peer, mode), (peer.params, peer.state), x, dy, dtype)
+
+
+def compiled_run(
+    step: Callable[..., Any], constant: Any, x: np.ndarray, dy: np.ndarray, dtype: Any
+) -> Callable[[], None]:
+    """Runs `step(*constant, x, dy)`, whose big results go where those of the call before were."""
+    x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+    program = jax.jit(lambda c, x, dy, *_: step(*c, x, dy), donate_argnums=(3, 4), keep_unused=True)
+    shapes = jax.eval_shape(step, *constant, x, dy)[:2]
+    held = [jnp.zeros(s.shape, s.dtype) for s in shapes]
+
+    def run() -> None:
+        out = jax.block_until_ready(program(constant, x, dy, *held))
+        held[:] = out[:2]
+
+    return run
+
+
+def _step(peer: Peer, mode: str, params: Any, state: Any, x: jax.Array, dy: jax.Array) -> Any:
+    """(y, dx or a number, whatever else a training step takes)."""
+    if mode == "evaluation":
+        return peer.evaluate(params, state, x), jnp.zeros(())
+    if mode == "forward":
+        y, new = peer.train(params, state, x)
+        return y, jnp.zeros(()), new
+    y, pullback, new = jax.vjp(lambda p, x: peer.train(p, state, x), params, x, has_aux=True)
+    grads, dx = pullback(dy.astype(y.dtype))
+    return y, dx, grads, new
+
+
+def floor_run(mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
+    """Plain passes over memory, of which no layer needs fewer: for training two forward and two backward."""
+    rows = tuple(range(x.ndim - 1))
+
+    def step(v: jax.Array, x: jax.Array, dy: jax.Array) -> Any:
+        if mode == "evaluation":
+            return x * v, jnp.zeros(())
+        y = x * v + jnp.sum(x, rows, dtype=jnp.float32).astype(x.dtype) * jnp.asarray(1e-9, x.dtype)
+        if mode == "forward":
+            return y, jnp.zeros(())
+        pull = jnp.sum(dy * x, rows, dtype=jnp.float32).astype(x.dtype)
+        return y, dy * v + x * (
+            pull * jnp.asarray(1e-9, x.dtype)
+        )  # the tiny factors make each depend on the one before
+
+    return compiled_run(step, (jnp.ones(x.shape[-1], dtype),), x, dy, dtype)
+
+
+def torch_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
+    """PyTorch's layer; `backward` allocates dx anew, which its caching allocator makes cheap."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    kind = torch.bfloat16 if dtype == jnp.bfloat16 else torch.float32
+    memory = torch.channels_last if "last" in name and x.ndim == 4 else torch.contiguous_format
+    x, dy = (torch.from_numpy(np.ascontiguousarray(np.moveaxis(a, -1, 1))).to(kind) for a in (x, dy))
+    x, dy = (a.contiguous(memory_format=memory) for a in (x, dy))
+    layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(x.shape[1])
+    layer.train(mode != "evaluation")
+    x.requires_grad_(mode == "forward + backward")
+
+    def run() -> None:
+        with torch.set_grad_enabled(mode == "forward + backward"):
+            y = layer(x)
+        if mode == "forward + backward":
+            x.grad = None
+            y.backward(dy)
+
+    return run
