@@ -1,7 +1,6 @@
 """`python -m experiments.train` as a process of its own: start it, read what it wrote, compare two runs bit by bit."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from experiments.data import IMAGES, LABELS
 from experiments.records import Line, read_lines
+from processes import free_port
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 120  # seconds, many times what a smoke run takes
@@ -43,9 +43,7 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
 
 def free_address() -> str:
     """localhost:port, where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return f"localhost:{probe.getsockname()[1]}"
+    return f"localhost:{free_port()}"
 
 
 def idx(magic: int, values: np.ndarray) -> bytes:

@@ -169,6 +169,7 @@ if importlib.util.find_spec("torch"):
         assert script["CNN"]()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PORTS)
 def test_the_shared_loop_trains_them(kind):
     """As they are: the loss of one batch falls over a few steps, and the statistics move."""

@@ -124,6 +124,7 @@ def test_derivatives_of_other_channels_are_the_same_to_the_last_bit():
     np.testing.assert_array_equal(gradient(x)[:, [0, 2]], gradient(bad)[:, [0, 2]])
 
 
+@pytest.mark.slow
 def test_derivatives_are_numbers_wherever_the_output_is():
     for case in CASES:
         x = case.x() if case.error is None and case.train and not case.x64 else None

@@ -14,7 +14,7 @@ import pytest
 from experiments.records import has_begun, read_lines
 from programs import assert_same_run, committed, compilation_cache, finish, learning, start, write_images
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 SHORT = 64  # steps, where a run need not be seen to its end
 STARTUP = 6.0  # seconds: the span over which the kills of a starting program are spread
 TORN = "*.orbax-checkpoint-tmp*"

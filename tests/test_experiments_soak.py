@@ -48,6 +48,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_twenty_thousand_steps_leave_no_trace() -> None:
     rng = np.random.default_rng(0)
     data = Labelled(rng.integers(0, 256, (64, 28, 28, 1), np.uint8), np.arange(64, dtype=np.int32) % 10)

@@ -74,6 +74,7 @@ def events(content: bytes) -> list[Event]:
     return found
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_the_uninterrupted_run(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "halves"
     assert "stopped after 25 of 62 steps" in smoke(out, "--devices", 8, "--stop-after", 25)

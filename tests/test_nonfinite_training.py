@@ -84,6 +84,7 @@ def clean() -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bad_batches_cost_less_than_half_a_percent(clean: float) -> None:
     accuracy, rows = trained(poisoned(digits(), EVERY))
     assert sum(row["skipped"] for row in rows) == BAD_STEPS
@@ -92,6 +93,7 @@ def test_bad_batches_cost_less_than_half_a_percent(clean: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_float16_with_dynamic_loss_scaling_trains_as_float32(clean: float) -> None:
     accuracy, rows = trained(poisoned(digits(), EVERY), "float16")
     assert sum(row["skipped"] > 0 for row in rows) >= BAD_STEPS
@@ -117,6 +119,7 @@ def test_a_bad_batch_changes_nothing(partition: str, devices: int) -> None:
     assert np.isfinite(row["loss"])
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_scaled_loss_spares_the_statistics_and_halves_the_scale() -> None:
     state, step, _, mesh = state_and_step("jit", 1, "float16")
     state = state._replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2.0**40)))
@@ -150,6 +153,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_program_in_float16_says_what_it_left_out(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", train=64, test=16)
     options = ["--data", "fashion-mnist", "--data-dir", images, "--batch-size", 16, "--width", 2, "--epochs", 2]

@@ -136,6 +136,7 @@ def test_sharding_does_not_matter(x, data):
         close(jax.tree.map(lambda a, i=i: a[i], pooled), want, whole)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_the_gradient_is_orthogonal_to_shift_and_scale(data):
     """Σ dx = 0 always; Σ dx·xhat = 0 but for ε: dx·xhat = rstd·ε·rstd²·Σ dy·xhat."""

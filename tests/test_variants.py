@@ -77,6 +77,7 @@ def test_value_derivative_and_running_averages(variant, name):
         check(out | dict(dx=dx, dscale=dscale, dbias=dbias), wanted(variant, case), case, EXACT)
 
 
+@pytest.mark.slow
 @rows
 def test_transformed(variant):
     """Second derivatives by the formula; rematerialised and mapped as when it is called as it is."""

@@ -48,7 +48,7 @@ PROGRAMS = {  # network, shape of a chip's input, targets
     "2 bottlenecks": (networks.TwoBottlenecks, (512, 56, 56, 256), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
     "ResNet-50 step": (networks.ResNet50, (256, 224, 224, 3), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
 }
-QUICK = (("layer", "v5e:2x2"), ("layer, masked", "v5e:2x2"), ("layer", "h100"), ("layer, masked", "4xh100"))
+QUICK = (("layer", "v5e:2x2"), ("layer, masked", "v5e:16x16"), ("layer", "h100"), ("layer, masked", "4xh100"))
 
 Step = Callable[..., Any]
 
@@ -144,7 +144,8 @@ def show(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="single layers on two targets; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="single layers; written only where --out says")
+    parser.add_argument("--out", type=Path, help="file of JSON lines, in which rows of the same program are replaced")
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--targets", nargs="+", default=None, help="by default those of each program")
     args = parser.parse_args()
@@ -157,16 +158,16 @@ def main() -> None:
     for row in rows(pairs):
         print(show(row), flush=True)
         found.append(row)
-    if not args.quick:
-        keep(found)
+        if out := args.out or (None if args.quick else RESULTS):
+            keep(found, out)
 
 
-def keep(found: list[dict[str, Any]]) -> None:
+def keep(found: list[dict[str, Any]], out: Path) -> None:
     """Puts the rows into the results, in the place of older ones of the same program, norm and target."""
     key = lambda row: (row["program"], row["target"], row["norm"])  # noqa: E731
-    old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     kept = {key(row): row for row in [*old, *found]}
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    out.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
 
 
 if __name__ == "__main__":
