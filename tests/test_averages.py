@@ -238,3 +238,8 @@ def test_the_running_mean_is_the_pivot(api, monkeypatch):
     norm(x)
     np.testing.assert_array_equal(pivots[0], np.zeros(C))
     assert_close(pivots[1], x.mean(0, dtype=np.float64), TOL)
+
+
+def test_the_pivot_is_the_mean_where_it_lies_beyond_two_standard_deviations():
+    running = bnjax.RunningStats(jnp.array([1.0, 3.0, 3.0, -5.0, 0.1]), jnp.array([1.0, 1.0, 4.0, 4.0, 0.0]))
+    np.testing.assert_array_equal(running.pivot, np.float32([0, 3, 0, -5, 0.1]))

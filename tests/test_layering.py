@@ -1,9 +1,12 @@
 """Imports point down: functional knows nobody, the two Flax APIs not each other, the library neither of the others."""
 
 import ast
+import inspect
 import pathlib
 
 import pytest
+
+import bnjax
 
 ROOT = pathlib.Path(__file__).parent.parent / "bnjax"
 BELOW = {  # what each layer may import of the project
@@ -53,3 +56,22 @@ def test_the_library_needs_four_packages():
 def test_every_file_is_short():
     for path in ROOT.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 300, f"{path} is over 300 lines: split it by concept"
+
+
+def test_nothing_is_pickled():
+    """Neither written nor read: a checkpoint or a converted file runs no code of somebody else's."""
+    pickles = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    for path in [*ROOT.rglob("*.py"), *ROOT.parent.glob("experiments/**/*.py")]:
+        assert not {name.split(".")[0] for name, _ in _imports(ast.parse(path.read_text()))} & pickles, path
+        assert "allow_pickle" not in path.read_text(), path
+
+
+def test_options_are_keyword_only():
+    """Arrays may be given by position; what says how, by name."""
+    options = {"axis", "mask", "pivot", "axis_name", "axis_index_groups", "dtype", "activation", "residual", "momentum"}
+    for name, function in {**vars(bnjax), **vars(bnjax.functional), **vars(bnjax.tools)}.items():
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        for p in inspect.signature(function).parameters.values():
+            is_option = p.name in options or isinstance(p.default, (bool, int, float))
+            assert p.kind is p.KEYWORD_ONLY or not is_option or name.startswith(("fields_from", "renorm_")), (name, p)

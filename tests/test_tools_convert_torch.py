@@ -204,3 +204,10 @@ def test_errors():
         tools.to_torch({**variables, "params": {"bn": {"gamma": jnp.ones(2)}}})
     with pytest.raises(ValueError, match="weight of the NEW value"):
         tools.fields_from_torch(momentum=-0.1)
+
+
+def test_reading_runs_no_code(tmp_path):
+    """An .npz with Python objects inside is one with pickles inside."""
+    np.savez(tmp_path / "state.npz", weight=np.array([{"a": 1}], object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        tools.read_arrays(tmp_path / "state.npz")
