@@ -243,3 +243,20 @@ def test_the_running_mean_is_the_pivot(api, monkeypatch):
 def test_the_pivot_is_the_mean_where_it_lies_beyond_two_standard_deviations():
     running = bnjax.RunningStats(jnp.array([1.0, 3.0, 3.0, -5.0, 0.1]), jnp.array([1.0, 1.0, 4.0, 4.0, 0.0]))
     np.testing.assert_array_equal(running.pivot, np.float32([0, 3, 0, -5, 0.1]))
+
+
+def test_an_empty_part_takes_no_part_in_what_is_pooled():
+    parts = bnjax.Moments(*(jnp.array([[a], [b]]) for a, b in ((1.0, jnp.nan), (2.0, jnp.nan), (4.0, 0.0))))
+    pooled = jax.vmap(lambda m: bnjax.pool_moments(m, axis_name="part"), axis_name="part")(parts)
+    for got, want in zip(pooled, (1, 2, 4), strict=True):
+        np.testing.assert_array_equal(got, [[want], [want]])
+
+
+def test_averages_of_everybody_count_everybody_s_rows():
+    """Where each normalises by itself: the unbiased variance of all the rows."""
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    norm = bnjax.BatchNorm(use_running_average=False, momentum=0.0, stats_axis_name="i", unbiased_var=True)
+    variables = norm.init(jax.random.key(0), x[0])
+    train = lambda x: norm.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]["var"]  # noqa: E731
+    wanted = x.reshape(-1, 4).var(0, ddof=1)
+    assert_close(jax.vmap(train, axis_name="i")(jnp.asarray(x)), np.stack([wanted, wanted]), 16 * unit("float32"))

@@ -48,3 +48,10 @@ def test_every_folder_and_file_that_is_named_exists():
     assert len(paths) > 5
     for path in paths:
         assert (ROOT / path).exists(), f"the README names {path}"
+
+
+def test_the_tables_are_those_of_the_results():
+    from experiments.bench import readme
+
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme.updated(text) == text, "run python -m experiments.bench.readme"
