@@ -32,6 +32,15 @@ class ConvNet(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
 
 
+class Unnormalised(nn.Module):
+    """In the place of a norm: x as it is."""
+
+    use_running_average: bool | None = None
+
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+        return x
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2×2 window; an odd last row or column is left out, as `nn.max_pool` does.
 

@@ -61,11 +61,11 @@ def assert_right(result, said, case):
 @apis
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(case, api):
-    results = [outcome(APIS[api], case, how) for how in EVERYWHERE]
     if case.error is None:
-        for result, said in results:
-            assert_right(result, said, case)
+        for how in EVERYWHERE if api == "functional" else ("eager", "shape"):  # compiling the modules too takes minutes
+            assert_right(*outcome(APIS[api], case, how), case)
         return
+    results = [outcome(APIS[api], case, how) for how in EVERYWHERE]
     for result, _ in results:
         assert isinstance(result, case.error), result
         assert re.search(case.message, str(result)), result

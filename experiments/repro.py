@@ -1,0 +1,167 @@
+"""What every reproduction shares: trials of each setting with several seeds, JSON lines, a table, a picture.
+
+A reproduction is a module `experiments.repro_<paper>_<figure>` with a `Study`: its settings, a `trial` that yields the
+lines of one setting and seed, and a `table` and a `draw` that read those lines alone. A trial's lines are written when
+it is over, so that a study which was stopped goes on with the trials that are missing.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from experiments.data import Splits
+from experiments.devices import data_mesh, describe
+from experiments.loop import TrainState, chunks, create_state, evaluate, make_eval_step, make_train_step
+from experiments.pipeline import evaluation_batches, training_batches
+
+Line = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How much is run, and where it goes."""
+
+    seeds: int = 3
+    """Trials of each setting."""
+    smoke: bool = False
+    """Seconds: a few steps of each setting with one seed, into a folder `smoke`."""
+    full: bool = False
+    """The size of the paper, for larger machines, into a folder `full`."""
+    out: Path = RESULTS
+    """Folder of the .jsonl, .md and .png."""
+
+    def pick(self, usual: Any, smoke: Any, full: Any = None) -> Any:
+        """One of three sizes."""
+        if self.smoke:
+            return smoke
+        return full if self.full and full is not None else usual
+
+
+class Study(NamedTuple):
+    """A claim, and how it is looked at."""
+
+    name: str  # of the module, without the package
+    settings: Sequence[str]
+    trial: Callable[[str, int, Config], Iterator[Line]]  # (setting, seed, config) -> lines
+    table: Callable[[list[Line]], str]  # Markdown
+    draw: Callable[[list[Line], Figure], None]
+
+
+def run(study: Study, doc: str | None) -> None:
+    """The command line of a study."""
+    config = tyro.cli(Config, description=doc)
+    folder = config.out / ("smoke" if config.smoke else "full" if config.full else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{study.name}.jsonl"
+    if config.smoke:
+        file.unlink(missing_ok=True)
+    start = time.perf_counter()
+    for setting, seed in _missing(study, config, file):
+        lines = [{"setting": setting, "seed": seed, **line} for line in study.trial(setting, seed, config)]
+        about = {"setting": setting, "seed": seed, "kind": "trial", **describe(data_mesh(1))}
+        _write(file, [*lines, about], "a")
+    lines = read(file)
+    table = study.table(lines)
+    file.with_suffix(".md").write_text(f"{table}\n")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    study.draw(lines, figure)
+    figure.savefig(file.with_suffix(".png"), dpi=110)
+    print(
+        f"{table}\n\n{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}; {file.with_suffix('.png')}"
+    )
+
+
+def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, int]]:
+    """The trials that the file does not hold yet, with a bar that counts them; it keeps no line of a torn one."""
+    seeds = 1 if config.smoke else config.seeds
+    lines = read(file) if file.exists() else []
+    done = {(line["setting"], line["seed"]) for line in lines if line["kind"] == "trial"}
+    _write(file, [line for line in lines if (line["setting"], line["seed"]) in done], "w")
+    trials = [(setting, seed) for seed in range(seeds) for setting in study.settings]
+    missing = [trial for trial in trials if trial not in done]
+    yield from tqdm(missing, desc=study.name, unit="trial", file=sys.stderr)
+
+
+def _write(file: Path, lines: list[Line], mode: str) -> None:
+    with file.open(mode) as out:
+        out.write("".join(json.dumps(line, default=_plain) + "\n" for line in lines))
+
+
+def train(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    data: Splits,
+    *,
+    steps: int,
+    every: int,
+    batch_size: int,
+    seed: int,
+    max_shift: int = 0,
+) -> Iterator[tuple[TrainState, Line]]:
+    """Trains on one device and, each so many steps, gives the state and a line: loss, and accuracy on the test set."""
+    mesh = data_mesh(1)
+    step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {})
+    eval_step = make_eval_step(model, mesh)
+    epochs = steps * batch_size // len(data.train.labels) + 1
+    batches = training_batches(data.train, batch_size, epochs, seed=seed, max_shift=max_shift)
+    state = create_state(model, optimizer, seed, mesh)
+    ends = [*range(every, steps, every), steps]
+    for state, rows in chunks(step, state, batches, mesh, ends):  # noqa: B020
+        found = evaluate(eval_step, state, evaluation_batches(data.test, 500), mesh)
+        loss = float(np.mean([row["loss"] for row in rows]))
+        yield state, {"kind": "step", "step": int(state.step), "loss": loss, "accuracy": found["accuracy"]}
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of whole trials; what a stop left of the last line is no line."""
+    lines = []
+    for text in file.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def curves(lines: list[Line], setting: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """x `[T]`, and y of every seed `[seeds, T]`, of the lines of a setting that have both."""
+    here = [line for line in lines if line["setting"] == setting and y in line]
+    seeds = sorted({line["seed"] for line in here})
+    each = [[(line[x], line[y]) for line in here if line["seed"] == seed] for seed in seeds]
+    return np.array([point[0] for point in each[0]]), np.array([[value for _, value in points] for points in each])
+
+
+def steps_to(steps: np.ndarray, accuracy: np.ndarray, level: float) -> str:
+    """The mean number of steps after which an accuracy `[seeds, T]` is reached for the first time."""
+    reached = accuracy >= level
+    if not reached.any(1).all():
+        return "not reached"
+    return f"{np.mean(steps[reached.argmax(1)]):.0f}"
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def band(axes: Any, x: np.ndarray, y: np.ndarray, label: str, **style: Any) -> None:
+    """The mean over seeds, and where they all lie."""
+    (line,) = axes.plot(x, y.mean(0), label=label, **style)
+    axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+
+
+def _plain(value: Any) -> Any:
+    return np.asarray(value).tolist()
