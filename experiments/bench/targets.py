@@ -15,6 +15,8 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 from jax.experimental import topologies
 
+jax.config.update("jax_platforms", "cpu")  # where JAX was imported before this file
+
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
