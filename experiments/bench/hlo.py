@@ -118,8 +118,3 @@ def all_reduces(compiled: Any) -> tuple[list[str], dict[str, list[str]]]:
         elif payloads:
             rare[name] = payloads
     return main, rare
-
-
-def conditionals(text: str) -> int:
-    """How many there are."""
-    return sum(op.opcode == "conditional" for ops in computations(text)[0].values() for op in ops)
