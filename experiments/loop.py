@@ -18,6 +18,7 @@ Batch = dict[str, Any]
 Metrics = dict[str, Any]
 Partition = Literal["shard_map", "jit"]
 Observe = Callable[["TrainState", Any], Metrics]
+Inputs = Callable[[Batch], tuple[Any, ...]]  # what a model is called with
 
 
 class TrainState(NamedTuple):
@@ -31,7 +32,7 @@ class TrainState(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sums over test records."""
+    """Sums over the records of a batch, or whatever else has a label."""
 
     loss: Any  # [] float32
     correct: Any  # [] float32
@@ -48,11 +49,12 @@ def create_state(
     seed: int,
     mesh: Mesh,
     loss_scale: Callable[[], Any] = lambda: None,
+    example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
 ) -> TrainState:
-    """The state before the first step, replicated over the mesh."""
+    """The state before the first step, replicated over the mesh; the model is started with `example`."""
 
     def init() -> TrainState:
-        variables = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)), train=False)
+        variables = model.init(jax.random.key(seed), *example, train=False)
         params = variables["params"]
         stats = variables.get("batch_stats", {})
         return TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale())
@@ -65,8 +67,18 @@ def axis_name(partition: Partition) -> str | None:
     return DATA if partition == "shard_map" else None
 
 
+def images(batch: Batch) -> tuple[jax.Array]:
+    """The inputs of a model for images."""
+    return (as_float(batch),)
+
+
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, partition: Partition, observe: Observe
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    partition: Partition,
+    observe: Observe,
+    inputs: Inputs = images,
 ) -> TrainStep:
     """A compiled `step(state, batch) -> (state, metrics)`. The state's buffers are donated.
 
@@ -76,19 +88,21 @@ def make_train_step(
         mesh: the devices over which the batch is split.
         partition: "shard_map" (the model names the mesh axis) or "jit" (XLA places the collectives).
         observe: further metrics from the state before the step and the `batch_stats` after it.
+        inputs: what the model is called with. The loss is the mean over whatever has a label, weighted.
     """
     over = axis_name(partition)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = model.apply(variables, as_float(batch), train=True, mutable=["batch_stats"])
-            loss, accuracy = losses(logits, batch).mean(), hits(logits, batch).mean()
+            rngs = {"dropout": dropout_key(state.step, over)}
+            logits, updates = model.apply(variables, *inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
+            counts = count(logits, batch)
             if over:
                 # Inside the objective, so that shard_map transposes it: the gradient of the replicated params is then
                 # that of the whole batch and needs no psum by hand.
-                loss, accuracy = jax.lax.pmean((loss, accuracy), over)
-            return loss, (accuracy, updates.get("batch_stats", {}))
+                counts = jax.lax.psum(counts, over)
+            return counts.loss / counts.records, (counts.correct / counts.records, updates.get("batch_stats", {}))
 
         (loss, (accuracy, stats)), grads, loss_scale = value_and_grad(objective, state.params, state.loss_scale)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -101,14 +115,18 @@ def make_train_step(
     return jax.jit(step, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh), donate_argnums=0)
 
 
-def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
+def dropout_key(step: jax.Array, over: str | None) -> jax.Array:
+    """Another one in each step, and on each device that drops elements of its own."""
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return jax.random.fold_in(key, jax.lax.axis_index(over)) if over else key
+
+
+def make_eval_step(model: nn.Module, mesh: Mesh, inputs: Inputs = images) -> EvalStep:
     """A compiled `step(state, batch) -> Counts` with the running averages. Records of weight zero do not count."""
 
     def step(state: TrainState, batch: Batch) -> Counts:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = model.apply(variables, as_float(batch), train=False)
-        weight = batch["weight"]
-        return Counts((losses(logits, batch) * weight).sum(), (hits(logits, batch) * weight).sum(), weight.sum())
+        return count(model.apply(variables, *inputs(batch), train=False), batch)
 
     # Plain jit in both partitions: with running averages the records are independent and no layer names an axis.
     return jax.jit(step, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))
@@ -148,8 +166,14 @@ def as_float(batch: Batch) -> jax.Array:
     return batch["image"].astype(jnp.float32) / 255
 
 
+def count(logits: jax.Array, batch: Batch) -> Counts:
+    """Sums over the batch; records of weight zero do not count, and without weights all do."""
+    weight = batch.get("weight", jnp.ones(batch["label"].shape))
+    return Counts((losses(logits, batch) * weight).sum(), (hits(logits, batch) * weight).sum(), weight.sum())
+
+
 def losses(logits: jax.Array, batch: Batch) -> jax.Array:
-    """The cross-entropy of each record."""
+    """The cross-entropy of each label."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
 
 

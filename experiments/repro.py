@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,22 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.data import Splits
-from experiments.devices import data_mesh, describe
-from experiments.loop import TrainState, chunks, create_state, evaluate, make_eval_step, make_train_step
+from experiments.config import Files, Hardware
+from experiments.data import Labelled, Splits, load
+from experiments.devices import data_mesh, describe, start
+from experiments.errors import ConfigError
+from experiments.loop import (
+    Batch,
+    Inputs,
+    Partition,
+    TrainState,
+    chunks,
+    create_state,
+    evaluate,
+    images,
+    make_eval_step,
+    make_train_step,
+)
 from experiments.pipeline import evaluation_batches, training_batches
 
 Line = dict[str, Any]
@@ -42,6 +56,8 @@ class Config:
     """The size of the paper, for larger machines, into a folder `full`."""
     out: Path = RESULTS
     """Folder of the .jsonl, .md and .png."""
+    data_dir: Path = Files.data_dir
+    """Folder of the Fashion-MNIST files, for the studies that use them."""
 
     def pick(self, usual: Any, smoke: Any, full: Any = None) -> Any:
         """One of three sizes."""
@@ -58,30 +74,45 @@ class Study(NamedTuple):
     trial: Callable[[str, int, Config], Iterator[Line]]  # (setting, seed, config) -> lines
     table: Callable[[list[Line]], str]  # Markdown
     draw: Callable[[list[Line], Figure], None]
+    devices: int = 1  # that are simulated
+    size: tuple[float, float] = (10, 4)  # of the picture
 
 
 def run(study: Study, doc: str | None) -> None:
     """The command line of a study."""
     config = tyro.cli(Config, description=doc)
+    start(Hardware(devices=study.devices))
+    try:
+        _run(study, config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(study: Study, config: Config) -> None:
     folder = config.out / ("smoke" if config.smoke else "full" if config.full else "")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{study.name}.jsonl"
     if config.smoke:
         file.unlink(missing_ok=True)
-    start = time.perf_counter()
     for setting, seed in _missing(study, config, file):
-        lines = [{"setting": setting, "seed": seed, **line} for line in study.trial(setting, seed, config)]
-        about = {"setting": setting, "seed": seed, "kind": "trial", **describe(data_mesh(1))}
-        _write(file, [*lines, about], "a")
+        which, wall, cpu = {"setting": setting, "seed": seed}, time.perf_counter(), time.process_time()
+        lines = [{**which, **line} for line in study.trial(setting, seed, config)]
+        took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        _write(file, [*lines, {**which, "kind": "trial", **took, **describe(data_mesh(study.devices))}], "a")
     lines = read(file)
     table = study.table(lines)
     file.with_suffix(".md").write_text(f"{table}\n")
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=study.size, layout="constrained")
     study.draw(lines, figure)
     figure.savefig(file.with_suffix(".png"), dpi=110)
-    print(
-        f"{table}\n\n{time.perf_counter() - start:.0f} s on {jax.devices()[0].device_kind}; {file.with_suffix('.png')}"
-    )
+    print(f"{table}\n\n{_took(lines)}; {file.with_suffix('.png')}")
+
+
+def _took(lines: list[Line]) -> str:
+    """Of all trials, whenever they ran. The seconds of the processor do not depend on what else ran beside them."""
+    wall, cpu = (sum(line.get(name, 0) for line in lines) for name in ("seconds", "cpu_seconds"))
+    return f"{wall:.0f} s on {jax.devices()[0].device_kind}, {cpu:.0f} s of its cores together"
 
 
 def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, int]]:
@@ -100,6 +131,11 @@ def _write(file: Path, lines: list[Line], mode: str) -> None:
         out.write("".join(json.dumps(line, default=_plain) + "\n" for line in lines))
 
 
+def pictures(config: Config) -> Splits:
+    """Fashion-MNIST; for a smoke run the embedded digits, which need no files."""
+    return load("mnist-5k" if config.smoke else "fashion-mnist", config.data_dir)
+
+
 def train(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -110,19 +146,64 @@ def train(
     batch_size: int,
     seed: int,
     max_shift: int = 0,
+    **options: Any,
 ) -> Iterator[tuple[TrainState, Line]]:
-    """Trains on one device and, each so many steps, gives the state and a line: loss, and accuracy on the test set."""
-    mesh = data_mesh(1)
-    step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {})
-    eval_step = make_eval_step(model, mesh)
+    """Trains on labelled images and, each so many steps, gives the state and a line; `options` are those of `fit`."""
     epochs = steps * batch_size // len(data.train.labels) + 1
     batches = training_batches(data.train, batch_size, epochs, seed=seed, max_shift=max_shift)
-    state = create_state(model, optimizer, seed, mesh)
+    tests = partial(evaluation_batches, data.test, 500)
+    return fit(model, optimizer, batches, tests, steps=steps, every=every, seed=seed, **options)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    batches: Iterator[Batch],
+    tests: Callable[[], Iterator[Batch]],
+    *,
+    steps: int,
+    every: int,
+    seed: int,
+    devices: int = 1,
+    partition: Partition = "jit",
+    **inputs: Any,
+) -> Iterator[tuple[TrainState, Line]]:
+    """Trains and, each so many steps, gives the state and a line.
+
+    Args:
+        model: called as `model(*inputs(batch), train=...)`; it gives logits.
+        optimizer: any Optax transformation.
+        batches: of the training, `{"label", "weight", ...}`.
+        tests: begins the test batches anew.
+        steps: how many.
+        every: so many steps there is a line.
+        seed: of the weights.
+        devices: over which each batch is split.
+        partition: how, as in `experiments.loop`.
+        **inputs: `inputs`, from a batch to what the model is called with, and an `example` of that; by default images.
+
+    Returns:
+        An iterator over `(TrainState, line)`; a line has the step, the mean `loss` and `train_accuracy` of the training
+        batches since the line before, and `test_loss` and `accuracy` on the test batches.
+    """
+    mesh = data_mesh(devices)
+    example = {"example": inputs.pop("example")} if "example" in inputs else {}
+    step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {}, **inputs)
+    eval_step = make_eval_step(model, mesh, **inputs)
+    state = create_state(model, optimizer, seed, mesh, **example)
     ends = [*range(every, steps, every), steps]
     for state, rows in chunks(step, state, batches, mesh, ends):  # noqa: B020
-        found = evaluate(eval_step, state, evaluation_batches(data.test, 500), mesh)
-        loss = float(np.mean([row["loss"] for row in rows]))
-        yield state, {"kind": "step", "step": int(state.step), "loss": loss, "accuracy": found["accuracy"]}
+        found = evaluate(eval_step, state, tests(), mesh)
+        loss, accuracy = (float(np.mean([row[name] for row in rows])) for name in ("loss", "accuracy"))
+        line = {"kind": "step", "step": int(state.step), "loss": loss, "train_accuracy": accuracy}
+        yield state, {**line, "test_loss": found["loss"], "accuracy": found["accuracy"]}
+
+
+def scorer(model: nn.Module, inputs: Inputs = images) -> Callable[[TrainState, Labelled], Line]:
+    """`score(state, data) -> {"loss", "accuracy"}` in evaluation mode, compiled once."""
+    mesh = data_mesh(1)
+    step = make_eval_step(model, mesh, inputs)
+    return lambda state, data: evaluate(step, state, evaluation_batches(data, 500), mesh)
 
 
 def read(file: Path) -> list[Line]:
