@@ -1,8 +1,8 @@
 """The two programs of the article that this project began with, in Flax and Optax: its Keras CNN and its PyTorch CNN.
 
 The article's text is not at hand. The originals here are the programs of its description, as such articles print them:
-`tests/fixtures/make_article_keras.py` and `make_article_torch.py`, which also record one training step of each.
-`tests/test_article.py` shows that the ports make the same step. What differs between the two besides the framework:
+`experiments.article_keras` and `experiments.article_torch`. `tests/test_article.py` shows that the ports make the same
+step. What differs between the two besides the framework:
 
 - BatchNorm: Keras averages with momentum 0.99 and adds 1e-3 to the variance; PyTorch with 0.9 (its 0.1) and 1e-5, and
   its running variance is the unbiased one;
@@ -22,7 +22,7 @@ import optax
 from flax import linen as nn
 
 from bnjax.linen import BatchNorm
-from bnjax.tools import fields_from_keras, fields_from_torch, from_keras, from_torch
+from bnjax.tools import fields_from_keras, fields_from_torch, from_keras, from_torch, to_keras, to_torch
 from experiments.models import Norm, max_pool
 
 POOLED = 5  # 28 → 26 (convolution without padding) → 13 → 11 → 5: what in_features of PyTorch's first Linear must know
@@ -34,6 +34,7 @@ class Port(NamedTuple):
     model: nn.Module  # model.apply(variables, images, train=...) gives logits
     optimizer: optax.GradientTransformation
     load: Callable[[Mapping[str, Any]], Any]  # the original's weights, by their names there -> variables
+    save: Callable[[Any], Mapping[str, Any]]  # and back
 
 
 class KerasNet(nn.Module):
@@ -81,21 +82,18 @@ def keras_port(widths: Sequence[int] = (32, 64), units: int = 128) -> Port:
     """The Keras program: `compile(optimizer="adam", loss="categorical_crossentropy")`."""
     model = KerasNet(widths, units)
 
-    def load(state: Mapping[str, Any]) -> Any:
-        variables = _blank(model)
-        return from_keras(state, variables, names={module: f"cnn/{module}" for module in variables["params"]})
-
-    return Port(model, keras_adam(), load)
+    blank = _blank(model)
+    names = {module: f"cnn/{module}" for module in blank["params"]}
+    return Port(model, keras_adam(), partial(from_keras, variables=blank, names=names), partial(to_keras, names=names))
 
 
 def torch_port(widths: Sequence[int] = (32, 64), units: int = 128) -> Port:
     """The PyTorch program: `CrossEntropyLoss()` and `Adam(lr=0.001)`."""
     model = TorchNet(widths, units)
 
-    def load(state: Mapping[str, Any]) -> Any:
-        return from_torch(state, _blank(model), flattened={"fc1": (widths[-1], POOLED, POOLED)})
-
-    return Port(model, optax.adam(1e-3, eps=1e-8), load)
+    flattened = {"fc1": (widths[-1], POOLED, POOLED)}
+    load = partial(from_torch, variables=_blank(model), flattened=flattened)
+    return Port(model, optax.adam(1e-3, eps=1e-8), load, partial(to_torch, flattened=flattened))
 
 
 def _blank(model: nn.Module) -> Any:

@@ -11,12 +11,17 @@ from experiments.errors import ConfigError
 class Training:
     """What the numbers depend on. A resumed run must repeat these."""
 
-    data: Literal["mnist-5k", "fashion-mnist"] = "mnist-5k"
-    """mnist-5k: 4,000 + 1,000 real digits, embedded. fashion-mnist: the MNIST-format folder --data-dir."""
+    data: Literal["mnist-5k", "fashion-mnist", "cifar-10"] = "mnist-5k"
+    """mnist-5k: 4,000 + 1,000 real digits, embedded. fashion-mnist: the MNIST-format folder --data-dir. cifar-10: its
+    binary files in --data-dir."""
+    model: Literal["convnet", "resnet20"] = "convnet"
+    """convnet: the article's three blocks. resnet20: of He et al. 2016, for 28×28 and 32×32 images."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
     """Images per step, over all the devices together."""
+    accumulate: int = 1
+    """Cut each batch into so many micro-batches, one after the other: less memory, and BN sees micro-batches."""
     lr: float = 3e-3
     """Peak learning rate of AdamW."""
     warmup: float = 0.1
@@ -26,7 +31,7 @@ class Training:
     momentum: float = 0.9
     """Weight of the old value in BN's running averages."""
     width: int = 16
-    """Channels of the first block; the second has two times, the third four times as many."""
+    """Channels of the first block or stage; the second has two times, the third four times as many."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of activations and their gradients; parameters, statistics and sums stay float32. float16 scales the loss."""
     skip_nonfinite: int = 20
@@ -34,6 +39,8 @@ class Training:
     run may have another limit."""
     max_shift: int = 2
     """Move every training image at random by up to so many pixels each way; 0 for none."""
+    flip: bool = False
+    """Mirror every second training image, left to right; not for digits."""
     seed: int = 0
     """Of the parameters, the order of the data and the shifts."""
 
@@ -61,7 +68,7 @@ class Files:
     """What is read and written."""
 
     data_dir: Path = Path("/usr/share/datasets/fashion-mnist")
-    """Folder with the four MNIST-format IDX files, plain or .gz."""
+    """Folder with the four MNIST-format IDX files, plain or .gz; or with CIFAR-10's six binary files."""
     runs: Path = Path("runs/train")
     """Folder of the numbered runs: each start makes the next number in it."""
     out: Path | None = None
@@ -105,6 +112,7 @@ def validate(config: Config) -> None:
     positive = {
         "epochs": training.epochs,
         "batch-size": training.batch_size,
+        "accumulate": training.accumulate,
         "lr": training.lr,
         "width": training.width,
         "devices": hardware.devices,
@@ -133,11 +141,13 @@ def validate(config: Config) -> None:
     )
 
 
-def check_split(batch_size: int, devices: int, records: int) -> None:
-    """Every device gets the same number of images, and there is at least one whole batch."""
+def check_split(batch_size: int, devices: int, accumulate: int, records: int) -> None:
+    """Every device gets the same number of images in each micro-batch, and there is at least one whole batch."""
+    over = f"{devices} devices" + (f" and {accumulate} micro-batches" if accumulate > 1 else "")
+    parts = devices * accumulate
     require(
-        batch_size % devices == 0,
-        f"--batch-size {batch_size} does not divide over {devices} devices: "
-        f"expected a multiple, such as {-(-batch_size // devices) * devices}, or another --devices",
+        batch_size % parts == 0,
+        f"--batch-size {batch_size} does not divide over {over}: "
+        f"expected a multiple, such as {-(-batch_size // parts) * parts}, or another --devices",
     )
     require(batch_size <= records, f"--batch-size {batch_size}: there are only {records} training images")

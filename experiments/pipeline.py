@@ -33,7 +33,14 @@ class Records:
 
 
 def training_batches(
-    data: Labelled, batch_size: int, epochs: int, *, seed: int, max_shift: int = 2, shard: ShardOptions = WHOLE
+    data: Labelled,
+    batch_size: int,
+    epochs: int,
+    *,
+    seed: int,
+    max_shift: int = 2,
+    flip: bool = False,
+    shard: ShardOptions = WHOLE,
 ) -> grain.DatasetIterator:
     """Shuffled batches, in a new order in each epoch; a remainder that fills no batch is left out of that epoch.
 
@@ -43,6 +50,7 @@ def training_batches(
         epochs: passes over the data.
         seed: of the order and of the shifts.
         max_shift: how many pixels an image moves each way at most.
+        flip: mirror every second image.
         shard: the part of each batch that this process reads.
 
     Returns:
@@ -51,6 +59,8 @@ def training_batches(
     records = grain.MapDataset.source(Records(data)).seed(seed).shuffle()
     if max_shift:
         records = records.random_map(partial(random_shift, max_shift=max_shift))
+    if flip:
+        records = records.random_map(random_flip)
     whole = len(records) // batch_size * batch_size
     batches = local_batches(records[:whole], batch_size, shard).repeat(epochs)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
@@ -75,3 +85,8 @@ def random_shift(record: Record, rng: np.random.Generator, max_shift: int) -> Re
     height, width, _ = record["image"].shape
     padded = np.pad(record["image"], ((max_shift, max_shift), (max_shift, max_shift), (0, 0)))
     return {**record, "image": padded[down : down + height, right : right + width]}
+
+
+def random_flip(record: Record, rng: np.random.Generator) -> Record:
+    """Mirrors the image, left to right, or leaves it."""
+    return {**record, "image": record["image"][:, ::-1]} if rng.integers(2) else record

@@ -10,8 +10,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ import numpy as np
 import optax
 import tyro
 from flax import linen as nn
+from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -83,13 +86,32 @@ def run(study: Study, doc: str | None) -> None:
     config = tyro.cli(Config, description=doc)
     start(Hardware(devices=study.devices))
     try:
-        _run(study, config)
+        with _compiled_once():
+            _run(study, config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
+@contextmanager
+def _compiled_once() -> Iterator[None]:
+    """The seeds of a setting share what XLA compiled, which for small networks takes longer than their training."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with TemporaryDirectory() as folder:
+        try:
+            for name, value in zip(names, (folder, 0.1), strict=True):
+                jax.config.update(name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+
 def _run(study: Study, config: Config) -> None:
+    if config.smoke:  # the time of a few steps is that of compiling them
+        jax.config.update("jax_disable_most_optimizations", True)
     folder = config.out / ("smoke" if config.smoke else "full" if config.full else "")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{study.name}.jsonl"
@@ -149,9 +171,9 @@ def train(
     **options: Any,
 ) -> Iterator[tuple[TrainState, Line]]:
     """Trains on labelled images and, each so many steps, gives the state and a line; `options` are those of `fit`."""
-    epochs = steps * batch_size // len(data.train.labels) + 1
+    epochs = -(-steps // (len(data.train.labels) // batch_size))  # whose remainders are left out
     batches = training_batches(data.train, batch_size, epochs, seed=seed, max_shift=max_shift)
-    tests = partial(evaluation_batches, data.test, 500)
+    tests = partial(evaluation_batches, data.test, 1_000)  # a multiple of 8 devices
     return fit(model, optimizer, batches, tests, steps=steps, every=every, seed=seed, **options)
 
 

@@ -3,7 +3,7 @@
 Claim:    BN widens the range of learning rates that train a CNN, and at its best rate needs fewer steps.
 Command:  python -m experiments.repro_bjorck2018_figure1         # --smoke: seconds
 Hardware: 2 CPU cores
-Time:     8 min
+Time:     9 min of one core
 
 Bjorck, Gomes, Selman & Weinberger 2018, https://arxiv.org/abs/1806.02375, figure 1 (there a ResNet on CIFAR-10), and
 the article's comparison of a CNN with BN and one without. Three times conv 3×3 → norm → ReLU → pooling, and a Dense

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
+from flax import linen as nn
 from grain.sharding import ShardByJaxProcess, ShardOptions
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
@@ -45,7 +47,7 @@ from experiments.loop import (
     make_eval_step,
     make_train_step,
 )
-from experiments.models import ConvNet
+from experiments.models import ConvNet, ResNet20
 from experiments.optimizer import adamw, warmup_cosine
 from experiments.pipeline import evaluation_batches, training_batches
 from experiments.plots import draw
@@ -72,11 +74,12 @@ class Session(NamedTuple):
     total: int  # steps in the whole training
 
 
-def build_model(training: Training, partition: Partition) -> ConvNet:
+def build_model(training: Training, partition: Partition) -> nn.Module:
     """The network, whose BN layers share their statistics over the whole batch under either partition."""
     dtype = jnp.dtype(training.precision)
     norm = partial(BatchNorm, momentum=training.momentum, epsilon=EPSILON, axis_name=axis_name(partition), dtype=dtype)
-    return ConvNet(norm, widths=(training.width, 2 * training.width, 4 * training.width), dtype=dtype)
+    network = {"convnet": ConvNet, "resnet20": ResNet20}[training.model]
+    return network(norm, widths=(training.width, 2 * training.width, 4 * training.width), dtype=dtype)
 
 
 def build(config: Config) -> tuple[Session, TrainState]:
@@ -84,7 +87,7 @@ def build(config: Config) -> tuple[Session, TrainState]:
     training = config.training
     mesh = devices.data_mesh(config.hardware.devices)
     data = load(training.data, config.files.data_dir)
-    check_split(training.batch_size, mesh.size, len(data.train.labels))
+    check_split(training.batch_size, mesh.size, training.accumulate, len(data.train.labels))
     shard = ShardByJaxProcess()
     epoch = len(data.train.labels) // training.batch_size
     schedule = warmup_cosine(training.lr, training.epochs * epoch, training.warmup)
@@ -95,14 +98,23 @@ def build(config: Config) -> tuple[Session, TrainState]:
         layers = drift(state.batch_stats, stats, momentum=training.momentum, epsilon=EPSILON)
         return {"learning_rate": schedule(state.step - state.opt_state.total_notfinite), "drift": layers}
 
-    train_step = make_train_step(model, optimizer, mesh, config.hardware.partition, observe)
+    train_step = make_train_step(
+        model, optimizer, mesh, config.hardware.partition, observe, accumulate=training.accumulate
+    )
     batches = training_batches(
-        data.train, training.batch_size, training.epochs, seed=training.seed, max_shift=training.max_shift, shard=shard
+        data.train,
+        training.batch_size,
+        training.epochs,
+        seed=training.seed,
+        max_shift=training.max_shift,
+        flip=training.flip,
+        shard=shard,
     )
     eval_step = make_eval_step(model, mesh)
     session = Session(config, mesh, data, shard, batches, train_step, eval_step, epoch, training.epochs * epoch)
     scale = nonfinite.initial_scale if training.precision == "float16" else lambda: None
-    return session, create_state(model, optimizer, training.seed, mesh, scale)
+    example = (np.zeros((1, *data.train.images.shape[1:]), np.float32),)
+    return session, create_state(model, optimizer, training.seed, mesh, scale, example)
 
 
 def fit(
@@ -219,15 +231,21 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    default: Config | None = None,
+    prog: str = "python -m experiments.train",
+    description: str = __doc__.splitlines()[0],
+) -> int:
+    """The command line, with the defaults of whoever calls it; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(
         Config,
-        prog="python -m experiments.train",
-        description=__doc__.splitlines()[0],
+        prog=prog,
+        description=description,
         args=argv,
-        default=defaults(smoke="--smoke" in argv),
+        default=default or defaults(smoke="--smoke" in argv),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:

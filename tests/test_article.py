@@ -19,18 +19,6 @@ from experiments.loop import as_float, create_state, losses, make_train_step, pl
 FIXTURES = Path(__file__).with_name("fixtures")
 WIDTHS, UNITS = (8, 16), 32
 PORTS = {"keras": article.keras_port(WIDTHS, UNITS), "torch": article.torch_port(WIDTHS, UNITS)}
-MODULES = ("conv1", "bn1", "conv2", "bn2", "fc1", "fc2")
-
-
-def to_keras(variables):
-    return tools.to_keras(variables, names={name: f"cnn/{name}" for name in (*MODULES, "bn3")})
-
-
-def to_torch(variables):
-    return tools.to_torch(variables, flattened={"fc1": (WIDTHS[-1], 5, 5)})
-
-
-BACK = {"keras": to_keras, "torch": to_torch}
 # Biases that the next normalization takes away again: their gradient is zero but for rounding, which Adam's first step,
 # about η·g/|g|, makes a step of any size. It changes nothing in the output.
 IDLE = {"keras": ("cnn/conv1/bias", "cnn/conv2/bias", "cnn/fc1/bias"), "torch": ("conv1.bias", "conv2.bias")}
@@ -60,7 +48,7 @@ def step(request):
 def both_steps(kind, source):
     arrays, port = source(kind), PORTS[kind]
     parts = {part: values(arrays, part) for part in ("before", "grad", "after")}
-    return kind, arrays, parts, one_step(port, port.load(parts["before"]), arrays, BACK[kind])
+    return kind, arrays, parts, one_step(port, port.load(parts["before"]), arrays, PORTS[kind].save)
 
 
 def values(arrays, part):
@@ -135,7 +123,7 @@ def test_the_optimizer_by_the_originals_gradients(step):
     # the statistics are there for the converter's sake
     grads = port.load({**parts["before"], **parts["grad"]})["params"]
     updates, _ = port.optimizer.update(grads, port.optimizer.init(variables["params"]), variables["params"])
-    after = BACK[kind]({**variables, "params": optax.apply_updates(variables["params"], updates)})
+    after = PORTS[kind].save({**variables, "params": optax.apply_updates(variables["params"], updates)})
     for name in parts["grad"]:
         close(after[name], parts["after"][name], 1e-6, name)
 
@@ -163,10 +151,11 @@ if importlib.util.find_spec("torch"):
     def test_the_shape_error_in_pytorch():
         import torch
 
-        script = runpy.run_path(str(FIXTURES / "make_article_torch.py"))
+        from experiments.article_torch import AS_PRINTED, CNN
+
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            script["CNN"](script["AS_PRINTED"])(torch.zeros(2, 1, 28, 28))
-        assert script["CNN"]()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+            CNN(pooled=AS_PRINTED)(torch.zeros(2, 1, 28, 28))
+        assert CNN()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 @pytest.mark.slow

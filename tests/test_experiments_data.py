@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from grain.sharding import ShardOptions
 
+from experiments import cifar
 from experiments.data import IMAGES, LABELS, Labelled, embedded_digits, load
 from experiments.errors import ConfigError
 from experiments.pipeline import evaluation_batches, training_batches
@@ -132,6 +133,52 @@ def test_processes_share_out_the_same_global_batches(digits: Labelled, records: 
         for name, values in whole_batch.items():
             for index, part in enumerate(parts):
                 np.testing.assert_array_equal(part[name], values[index::4])
+
+
+def test_every_second_image_is_mirrored(digits: Labelled) -> None:
+    original = {image.tobytes(): label for image, label in zip(digits.images, digits.labels, strict=True)}
+    (batch,) = training_batches(digits, len(digits.labels), epochs=1, seed=0, max_shift=0, flip=True)
+    as_it_was = [original.get(image.tobytes()) for image in batch["image"]]
+    mirrored = [original.get(image[:, ::-1].tobytes()) for image in batch["image"]]
+    for label, *found in zip(batch["label"], as_it_was, mirrored, strict=True):
+        assert label in found
+    assert 0.4 < np.mean([found is None for found in as_it_was]) < 0.6
+
+
+def cifar_folder(folder: Path, records: int = 4) -> Path:
+    """Six small files, whose bytes count up."""
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate([*cifar.FILES["train"], *cifar.FILES["test"]]):
+        rows = np.arange(records * cifar.RECORD, dtype=np.int64).reshape(records, cifar.RECORD) % 251
+        rows[:, 0] = (np.arange(records) + number) % 10
+        (folder / name).write_bytes(rows.astype(np.uint8).tobytes())
+    return folder
+
+
+def test_reads_cifar(tmp_path: Path) -> None:
+    folder = cifar_folder(tmp_path / cifar.FOLDER)
+    train, test = load("cifar-10", folder)
+    assert train.images.shape == (20, 32, 32, 3) and test.images.shape == (4, 32, 32, 3)
+    np.testing.assert_array_equal(train.labels, [(i + n) % 10 for n in range(5) for i in range(4)])
+    np.testing.assert_array_equal(test.labels, [5, 6, 7, 8])
+    start = cifar.RECORD + 1  # of the second image: planes of red, green, blue, each row by row
+    wanted = [(start + 1024 * plane + 32 * 3 + 7) % 251 for plane in range(3)]
+    np.testing.assert_array_equal(train.images[1, 3, 7], wanted)
+    above = load("cifar-10", tmp_path)  # the folder into which the archive was unpacked
+    np.testing.assert_array_equal(above.train.images, train.images)
+
+
+def test_damaged_cifar_is_named(tmp_path: Path) -> None:
+    folder = cifar_folder(tmp_path)
+    file = folder / "data_batch_3.bin"
+    whole = file.read_bytes()
+    for content, message in ((whole[:-1], "truncated"), (b"", "truncated"), (b"\x0a" + whole[1:], "has the label 10")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"data_batch_3.bin.*{message}.*cifar-10-binary.tar.gz"):
+            load("cifar-10", folder)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"data_batch_3.bin cannot be read \(No such file"):
+        load("cifar-10", folder)
 
 
 def test_shifts_stay_within_two_pixels(digits: Labelled) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.linen import BatchNorm
+from bnjax.linen import BatchNorm, MovingAverageBatchNorm
 from bnjax.tools import decay_mask
 from experiments.config import Config, Hardware, Training, check_split, validate
 from experiments.data import Labelled
@@ -20,6 +20,7 @@ from experiments.drift import drift
 from experiments.errors import ConfigError, RunError
 from experiments.fingerprint import fingerprint
 from experiments.loop import (
+    Batch,
     Metrics,
     TrainState,
     axis_name,
@@ -28,8 +29,9 @@ from experiments.loop import (
     evaluate,
     make_eval_step,
     make_train_step,
+    place,
 )
-from experiments.models import ConvNet, max_pool
+from experiments.models import ConvNet, ResNet20, max_pool, shortcut
 from experiments.optimizer import adamw, warmup_cosine
 from experiments.pipeline import evaluation_batches, training_batches
 
@@ -46,13 +48,13 @@ def build(partition: str) -> ConvNet:
     return ConvNet(partial(BatchNorm, momentum=0.9, axis_name=axis_name(partition)), widths=(4, 8))
 
 
-def trained(data: Labelled, partition: str, devices: int) -> tuple[TrainState, Metrics]:
+def trained(data: Labelled, partition: str, devices: int, accumulate: int = 1) -> tuple[TrainState, Metrics]:
     """The state after four steps and the metrics of the last, under SGD, whose steps are as smooth as the gradient.
 
     Adam would divide gradients that are zero but for rounding by their own size.
     """
     mesh, model, optimizer = data_mesh(devices), build(partition), optax.sgd(0.05)
-    step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {})
+    step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {}, accumulate=accumulate)
     batches = training_batches(data, BATCH, epochs=1, seed=0)
     return list(chunks(step, create_state(model, optimizer, 0, mesh), batches, mesh, [STEPS]))[-1]
 
@@ -70,6 +72,63 @@ def test_partition_and_devices_change_nothing(once, partition: str, devices: int
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))
     jax.tree.map(close, metrics, reference[1])
+
+
+def test_what_the_backward_pass_updates_goes_from_step_to_step(data: Labelled) -> None:
+    """The statistics of recent batches that MABN keeps: of all devices' rows, with every step counted."""
+
+    def after(partition: str, devices: int) -> TrainState:
+        norm = partial(MovingAverageBatchNorm, buffer_size=STEPS, warmup=1, axis_name=axis_name(partition))
+        mesh, model, optimizer = data_mesh(devices), ConvNet(norm, widths=(4,)), optax.sgd(0.05)
+        step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {})
+        batches = training_batches(data, BATCH, epochs=1, seed=0)
+        return list(chunks(step, create_state(model, optimizer, 0, mesh), batches, mesh, [STEPS]))[-1][0]
+
+    one, eight = jax.device_get((after("jit", 1).overwritten, after("shard_map", 8).overwritten))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), eight, one)
+    (kept,) = one.values()
+    assert (kept["steps"] == STEPS).all() and (kept["squares"] > 0).all()
+
+
+@pytest.mark.parametrize(("partition", "devices"), [("shard_map", 4), ("jit", 4)])
+def test_micro_batches_are_the_same_on_any_devices(once, partition: str, devices: int) -> None:
+    (state, metrics), reference = once(partition, devices, 2), once("jit", 1, 2)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))
+    jax.tree.map(close, metrics, reference[1])
+
+
+def test_gradients_and_averages_are_the_means_over_micro_batches(data: Labelled) -> None:
+    """One step of gradient descent with rate one on a batch, and on each half of its records alone."""
+    mesh, model, optimizer = data_mesh(1), build("jit"), optax.sgd(1.0)
+    batch = next(training_batches(data, BATCH, epochs=1, seed=0))
+
+    def after(batch: Batch, accumulate: int) -> TrainState:
+        step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {}, accumulate=accumulate)
+        return step(create_state(model, optimizer, 0, mesh), place(batch, mesh))[0]
+
+    halves = [after({name: part[start::2] for name, part in batch.items()}, 1) for start in (0, 1)]
+    wanted = jax.tree.map(lambda *both: np.mean(both, axis=0), *[(state.params, state.batch_stats) for state in halves])
+    both = after(batch, 2)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (both.params, both.batch_stats), wanted)
+
+
+def test_resnet20_is_the_papers() -> None:
+    """Its table 6 says 0.27 million parameters; 19 convolutions, each with a BN, and a Dense layer."""
+    model = ResNet20(partial(BatchNorm, momentum=0.9))
+    for shape in ((1, 32, 32, 3), (1, 28, 28, 1)):
+        found = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
+        names = [name.split("_")[0] for name in found["params"]]
+        assert (names.count("Conv"), names.count("BatchNorm"), names.count("Dense")) == (19, 19, 1)
+        assert round(sum(leaf.size for leaf in jax.tree.leaves(found["params"])) / 1e4) == 27
+
+
+def test_a_shortcut_takes_every_second_position_and_adds_channels_of_zeros() -> None:
+    x = jnp.arange(2.0 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    found = shortcut(x, 5, 2)
+    np.testing.assert_array_equal(found[..., :3], x[:, ::2, ::2])
+    assert found.shape == (2, 2, 2, 5) and not np.any(found[..., 3:])
 
 
 @pytest.mark.parametrize("partition", ["shard_map", "jit"])
@@ -184,6 +243,8 @@ def test_bad_options_are_named(option: str) -> None:
 
 def test_batch_must_divide_over_the_devices() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 100 .* 8 devices: expected a multiple, such as 104"):
-        check_split(100, 8, 4000)
+        check_split(100, 8, 1, 4000)
+    with pytest.raises(ConfigError, match=r"8 devices and 3 micro-batches: expected a multiple, such as 120"):
+        check_split(100, 8, 3, 4000)
     with pytest.raises(ConfigError, match="only 64 training images"):
-        check_split(100, 1, 64)
+        check_split(100, 1, 1, 64)

@@ -9,7 +9,8 @@ import pytest
 from experiments import repro
 from programs import finish, start
 
-STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "experiments").glob("repro_*.py"))
+PROGRAMS = (Path(__file__).parents[1] / "experiments").glob("repro_*.py")
+STUDIES = sorted(path.stem for path in PROGRAMS if "\nSTUDY = " in path.read_text())
 
 
 @pytest.mark.slow
@@ -23,6 +24,15 @@ def test_smoke(name, tmp_path):
     assert {line["setting"] for line in lines} == set(study.settings)
     assert study.table(lines) in out and file.with_suffix(".md").read_text().strip() == study.table(lines)
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_resnet20(tmp_path):
+    """Has the options of `experiments.train`: micro-batches and mixed precision among them."""
+    options = ("--smoke", "--accumulate", 2, "--precision", "bfloat16", "--stop-after", 4, "--out", tmp_path)
+    assert "stopped after 4 of 31 steps" in finish(start(*options, module="experiments.repro_he2016_resnet20"))
+    config = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["config"]["training"]
+    assert (config["model"], config["width"], config["accumulate"]) == ("resnet20", 4, 2)
 
 
 def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch, capsys):
