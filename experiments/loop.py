@@ -59,7 +59,7 @@ def create_state(
     params = variables["params"]
     stats, overwritten = variables.get("batch_stats", {}), variables.get(OVERWRITE_WITH_GRADIENT)
     state = TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), overwritten)
-    return jax.device_put(state, replicated(mesh), may_alias=False)
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # what a step donates shares no buffer
 
 
 def axis_name(partition: Partition) -> str | None:

@@ -1,8 +1,8 @@
 """Large batches and many devices: local, grouped and global statistics, ghost batches, a higher rate, longer training.
 
 Claim:    A large batch generalises worse; a higher rate, ghost batches and as many steps as the small batch had make up
-          for it. Devices matter only by how many images are normalised together: global statistics on 8 devices give
-          the curve of one device, local ones that of ghost batches.
+          for most of it. Devices matter only by how many images are normalised together: global statistics on 8
+          devices give the curve of one device, local ones that of ghost batches.
 Command:  python -m experiments.repro_hoffer2017_large_batches   # --smoke: seconds; --full: all 60,000 images
 Hardware: 2 CPU cores, which simulate 8 devices
 Time:     5 min of one core
@@ -140,28 +140,30 @@ def draw(lines: list[repro.Line], figure: Figure) -> None:
     paper, same, by_images = figure.subplots(1, 3)
     for setting in PAPER:
         repro.band(paper, *error(lines, setting), label=setting)
-    for setting, (other, images) in SAME.items():
-        (line,) = same.plot(*first(lines, other), label=f"{images}: {other}")
-        same.plot(
-            *first(lines, setting),
-            "o+"[setting.endswith("jit")],
-            color=line.get_color(),
-            label=f"{images}: {setting}",
-            mfc="none",
-        )
-    sizes = sorted({(images, other) for other, images in SAME.values()})
-    finals = np.stack([error(lines, other)[1][:, -1] for _, other in sizes], 1)
-    repro.band(by_images, np.array([images for images, _ in sizes]), finals, label="", marker="o")
-    paper.set(xlabel="share of the training", ylabel="test error, %", yscale="log", title="batches of 64 and of 512")
-    same.set(
-        xlabel="share of the training", ylabel="training loss (first seed)", yscale="log", title="lines: fewer devices"
-    )
-    by_images.set(
-        xlabel="of 512 images, normalised together", ylabel="test error, %", title="local to global statistics"
-    )
+    few = {images: other for other, images in SAME.values()}
+    colors = {images: f"C{i}" for i, images in enumerate(few)}
+    for images, setting in few.items():
+        same.plot(*first(lines, setting), color=colors[images], label=f"{images} together, {setting}")
+    for setting, (_, images) in SAME.items():
+        marker = "+" if setting.endswith("jit") else "o"
+        same.plot(*first(lines, setting), marker, color=colors[images], mfc="none")
+    same.plot([], [], "ok", mfc="none", label="the same on 8 devices")
+    same.plot([], [], "+k", label="on 8 devices, plain jit")
+    sizes = sorted(few)
+    finals = np.stack([error(lines, few[images])[1][:, -1] for images in sizes], 1)
+    repro.band(by_images, np.array(sizes), finals, label="", marker="o")
+    label = dict(xlabel="share of the training")
+    paper.set(**label, ylabel="test error, %", yscale="log", title="batches of 64 and of 512")
+    same.set(**label, ylabel="training loss (first seed)", yscale="log", title="the same images together")
+    by_images.set(xlabel="of 512 images, normalised together", ylabel="test error, %", title="from local to global")
     by_images.set_xscale("log", base=2)
-    paper.legend()
-    same.legend(fontsize="x-small")
+    by_images.set_xticks(sizes, [str(images) for images in sizes])
+    for axes, ticks in ((paper, (15, 20, 25, 30, 40, 60, 80)), (same, (0.1, 0.2, 0.5, 1, 2))):
+        low, high = axes.get_ylim()
+        axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize="small")
 
 
 def first(lines: list[repro.Line], setting: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 Claim:    BN that counts padding depends on how much there is; with a mask it does not, and keeps up with LayerNorm.
 Command:  python -m experiments.repro_shen2020_text              # --smoke: seconds; --full: ten times the steps
 Hardware: 1 CPU core
-Time:     13 min
+Time:     12 min of one core
 
 Shen, Yao, Gholami, Mahoney & Keutzer 2020, https://arxiv.org/abs/2003.07845: in Transformers BN is behind LayerNorm,
 because its statistics fluctuate from batch to batch, and PowerNorm ahead of it by 0.4 and 0.6 BLEU in translation and

@@ -134,9 +134,9 @@ def draw(lines: list[repro.Line], figure: Figure) -> None:
     for axes in (error, rates):
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.legend(fontsize="small")
     for axes in (error, norms, rates):
         axes.set_xlabel("training step")
-        axes.legend(fontsize="small")
 
 
 STUDY = repro.Study("repro_vanlaarhoven2017_regularisers", tuple(SETTINGS), trial, table, draw, size=(13, 4))

@@ -4,9 +4,13 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
+import optax
 import pytest
 
 from experiments import repro
+from experiments.data import Labelled, Splits
+from experiments.models import ConvNet, Unnormalised
 from programs import finish, start
 
 PROGRAMS = (Path(__file__).parents[1] / "experiments").glob("repro_*.py")
@@ -44,6 +48,7 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
 
     study = repro.Study("study", ("a", "b"), trial, lambda lines: f"{len(lines)} lines", lambda lines, figure: None)
     monkeypatch.setattr("sys.argv", ["study", "--seeds", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(repro, "start", lambda hardware: None)  # the devices of this process are those of all tests
     repro.run(study, None)
     file = tmp_path / "study.jsonl"
     whole = file.read_text()
@@ -52,3 +57,11 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
     repro.run(study, None)
     assert ran == [("b", 1)] and len(repro.read(file)) == 8
     assert capsys.readouterr().out.count("8 lines") == 2
+
+
+def test_a_training_outlasts_epochs_that_leave_records_out():
+    rng = np.random.default_rng(0)
+    few = Labelled(rng.integers(0, 256, (20, 28, 28, 1), np.uint8), rng.integers(0, 10, 20, np.int32))
+    options = dict(steps=3, every=2, batch_size=16, seed=0)  # one batch in each epoch
+    lines = [line for _, line in repro.train(ConvNet(Unnormalised, (1,)), optax.sgd(0.1), Splits(few, few), **options)]
+    assert [line["step"] for line in lines] == [2, 3]

@@ -37,8 +37,12 @@ class Config:
 
     out: Path = Path(__file__).parent / "results"
     """Folder of accuracy.jsonl and accuracy.md."""
+    picture: Path = Path(__file__).parents[2] / "docs" / "accuracy.png"
+    """The errors of y and dx by mean/std."""
     quick: bool = False
     """Three ratios in float32 only; nothing is written."""
+    redraw: bool = False
+    """Measure nothing: the picture alone, of the committed numbers."""
 
 
 class Batch(NamedTuple):
@@ -170,12 +174,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+STYLES = {
+    "bnjax": dict(color="C0", lw=2.5, zorder=3, marker="o"),
+    "flax.linen, accurate": dict(color="C2", marker="s"),
+    "torch": dict(color="C4", marker="^", ls="--"),
+    "flax.linen": dict(color="C3", marker="D"),
+}
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Errors of y and dx in the first step in float32; flax.nnx computes as flax.linen and is left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 2, sharey=True), ("y", "dx"), strict=True):
+        for peer, style in STYLES.items():
+            here = [r for r in rows if (r["peer"], r["dtype"], r["step"]) == (peer, "float32", "first") and r["ratio"]]
+            axes.loglog([r["ratio"] for r in here], [r[column] for r in here], label=peer, ms=4, **style)
+        axes.set(xlabel="mean / standard deviation of a channel", title=f"largest error of {column}")
+        axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=100)
+
+
+def committed(config: Config) -> list[dict[str, Any]]:
+    """The lines of the last run."""
+    lines = [json.loads(line) for line in (config.out / "accuracy.jsonl").read_text().splitlines()]
+    return [line for line in lines if "peer" in line]
+
+
 def versions() -> dict[str, str]:
     names = [n for n in ("jax", "flax", "torch", "numpy") if util.find_spec(n)]
     return {name: metadata.version(name) for name in names}
 
 
 def main(config: Config) -> None:
+    if config.redraw:
+        return plot(committed(config), config.picture)
     rows = []
     for row in measure(config):
         rows.append(row)
@@ -187,7 +222,8 @@ def main(config: Config) -> None:
     lines = [dict(kind="versions", **versions()), *rows]
     (config.out / "accuracy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (config.out / "accuracy.md").write_text(_document(rows))
-    print(f"\nwritten: {config.out / 'accuracy.jsonl'}, {config.out / 'accuracy.md'}")
+    plot(rows, config.picture)
+    print(f"\nwritten: {config.out / 'accuracy.jsonl'}, {config.out / 'accuracy.md'}, {config.picture}")
 
 
 INTRODUCTION = """# Accuracy against float64

@@ -1,4 +1,4 @@
-"""The performance tables of the README, made of the committed results.
+"""The tables of accuracy and speed in the README, made of the committed results.
 
 Command:  python -m experiments.bench.readme             # writes them; --check says whether they are up to date
 """
@@ -56,7 +56,19 @@ def layers() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"compiled": compiled, "layers": layers}
+def accuracy() -> str:
+    """Errors of y in the first step in float32, by how far from zero the data is."""
+    norms = ("bnjax", "flax.linen", "flax.linen, accurate", "torch")
+    lines = [json.loads(line) for line in (RESULTS / "accuracy.jsonl").read_text().splitlines()]
+    found = {(r["peer"], r["ratio"]): r["y"] for r in lines if (r.get("dtype"), r.get("step")) == ("float32", "first")}
+    rows = ["| mean/std | " + " | ".join(norms) + " |", "|---" * (len(norms) + 1) + "|"]
+    for ratio in (0, 1e2, 1e3, 1e4, 1e5):
+        cells = [f"{found[norm, ratio]:.1e}" for norm in norms]
+        rows.append(f"| {ratio:g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "compiled": compiled, "layers": layers}
 
 
 def updated(text: str) -> str:
