@@ -113,6 +113,12 @@ def _both(step, x, mask, check_vma):
 WAYS = {
     "two axes": (dict(axis_name="member", stats_axis_name="group"), 2, True),
     "two axes, no vma": (dict(axis_name="member", stats_axis_name="group"), 2, False),
+    "two axes, one of them pooled already": (dict(axis_name="member", stats_axis_name=("group", "member")), 2, True),
+    "two axes, one of them pooled already, no vma": (
+        dict(axis_name="member", stats_axis_name=("group", "member")),
+        2,
+        False,
+    ),
     "each device": (dict(stats_axis_name=("group", "member")), 8, True),
     "index groups": (
         dict(

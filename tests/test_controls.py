@@ -171,6 +171,31 @@ def test_local_statistics(page, network):
     assert "all-reduce" not in step.lower(x).compile().as_text()
 
 
+def test_shuffled_keys(page, network):
+    """Every key is where its image was, normalised in another company."""
+    params, stats = network
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    x, key = batch() * jnp.arange(1.0, N + 1)[:, None], jax.random.key(3)
+    shuffled = jax.jit(lambda x: page.shuffled_keys(params, stats, x, key, mesh))(x)
+    order = bnjax.shuffle(jnp.arange(N), key)
+    variables = {"params": params, "batch_stats": stats}
+    local = [
+        page.Net().apply(variables, s, use_running_average=False, update_stats=False) for s in jnp.split(x[order], 4)
+    ]
+    assert_close(shuffled[order], jnp.concatenate(local), TOL)
+
+
+def test_two_sets_of_statistics(page):
+    """Each domain's row takes one step, on its own images."""
+    clean, adversarial = batch(1), batch(2) + 1
+    variables = page.SplitNet().init(jax.random.key(0), clean, use_running_average=False, domain=page.CLEAN)
+    params, stats = variables["params"], variables["batch_stats"]
+    _, new = page.advprop_loss(params, stats, clean, adversarial, labels())
+    for domain, x in ((page.CLEAN, clean), (page.ADVERSARIAL, adversarial)):
+        for name, want in zip(("mean", "var"), after(params, x), strict=True):
+            assert_close(new["SplitBatchNorm_0"][name][domain], want, TOL, what=name)
+
+
 def test_gradient_accumulation(page, network):
     """A step for each micro-batch, in order; the gradients add up to the mean of theirs."""
     params, stats = network

@@ -1,6 +1,6 @@
-"""What Flax gets wrong today, beside what bnjax gives: each row of the README's table.
+"""What Flax gets wrong today, beside what bnjax gives: the rows of docs/coming_from_flax.md.
 
-If Flax mends one, the test fails and the README has a row to change.
+If Flax mends one, the test fails and the page has a row to change.
 """
 
 import flax.linen as nn

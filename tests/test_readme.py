@@ -1,9 +1,14 @@
 """What the README and the pages in docs/ show runs as pasted, and CI runs the command that it gives."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
+
+from processes import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,6 +24,24 @@ def test_page(page):
     names = {"__name__": "__main__"}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_program_of_several_processes(tmp_path):
+    """The block of devices.md that is a file, started twice as the page says."""
+    text = (ROOT / "docs" / "devices.md").read_text()
+    (program,) = re.findall(r'^```python title="pod.py"\n(.*?)^```', text, re.M | re.S)
+    (tmp_path / "pod.py").write_text(program)
+    command = [sys.executable, "-W", "error", str(tmp_path / "pod.py"), f"localhost:{free_port()}", "2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    started = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for i, output in enumerate(outputs):
+        assert f"process {i} of 2: mean [22.5 23.5 24.5]" in output
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.split("\n", 1)[0][:40])

@@ -4,7 +4,7 @@ Value, running averages and derivative by the row's formula, in float64 and spre
 linen and nnx, which must be the functional variant with variables around it.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -218,3 +218,19 @@ def test_modules_evaluate_by_what_they_hold(api, variant):
     jax.tree.map(np.testing.assert_array_equal, (layer.stats, layer.params), (stats, params))
     want = variant.evaluate(x, stats["mean"], stats["var"], params["scale"], params["bias"], axis=MASKED.axis)
     assert_close(y, want, tolerance(MASKED), what="y")
+
+
+@apis
+@rows
+def test_no_nan_leaves_a_padded_position_in_evaluation(api, variant):
+    """Neither in y nor in a gradient, of x or of the parameters; what is not NaN there stands by itself."""
+    layer, x, dy, mask = _loaded(api, variant, MASKED)
+    padding = np.broadcast_to(mask == 0, x.shape)
+    spoiled = jnp.where(padding, np.where(np.arange(x.size).reshape(x.shape) % 2, np.nan, np.inf), x)
+    evaluate = partial(layer, use_running_average=True, mask=mask)
+    np.testing.assert_array_equal(evaluate(x), layer(x, use_running_average=True))
+    y, dx = evaluate(spoiled), jax.grad(lambda x: jnp.sum(evaluate(x) * dy))(spoiled)
+    dparams = layer.grad(lambda y: jnp.sum(y * dy), spoiled, use_running_average=True, mask=mask)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves((y, dx, dparams)))
+    np.testing.assert_array_equal(y[~padding], evaluate(x)[~padding])
+    assert not dx[padding].any()

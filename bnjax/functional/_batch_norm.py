@@ -158,7 +158,7 @@ def _affine(
 ) -> jax.Array:
     """y from the coefficients of the next function."""
     a, c, *mean = map(reduction.layout.expand, vectors)
-    return _kernels.affine(_readable(x, mask, *mean), reduction.layout.expand(s.pivot), a, c)
+    return _kernels.affine(_kernels.readable(x, mask, *mean), reduction.layout.expand(s.pivot), a, c)
 
 
 def _coefficients(
@@ -168,14 +168,6 @@ def _coefficients(
     a = s.rstd(epsilon) if scale is None else s.rstd(epsilon) * scale
     c = -s.rest * a if bias is None else bias - s.rest * a
     return _collectives.vary_together((a, c) if mask is None else (a, c, s.mean), x)
-
-
-def _readable(x: jax.Array, mask: jax.Array | None, mean: jax.Array | None = None) -> jax.Array:
-    """x, with NaN and Inf at positions of weight zero read as the mean: neither they nor their derivatives get out."""
-    if mask is None or mean is None:
-        return x
-    x = x.astype(mean.dtype)
-    return jnp.where((mask > 0) | jnp.isfinite(x), x, mean)
 
 
 @_standardise.defjvp
@@ -198,5 +190,5 @@ def _standardise_jvp(
     (a, c, *mean), (t_a, t_c, *t_mean) = (map(expand, v) for v in vectors)
     if mask is not None:
         t_x = jnp.where((mask > 0) | jnp.isfinite(x), t_x, *t_mean)
-    K, x = expand(s.pivot), _readable(x, mask, *mean)
+    K, x = expand(s.pivot), _kernels.readable(x, mask, *mean)
     return (_kernels.affine(x, K, a, c), s), (t_x * a + _kernels.tangent_affine(x, K, t_a, t_c), t_s)

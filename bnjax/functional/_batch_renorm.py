@@ -20,12 +20,46 @@ Limit = jax.Array | float | Callable[[jax.Array], jax.Array]  # a number, or a f
 
 
 def renorm_r_max(step: jax.Array) -> jax.Array:
-    """The paper's limit of r: 1 for 5000 steps, then linear to 3 at step 40 000."""
+    r"""The paper's limit of r: 1 for 5000 steps, then linear to 3 at step 40 000.
+
+    .. math:: r_{max} = 1 + 2 \cdot \mathrm{clip}\Bigl(\frac{\mathrm{step} - 5000}{35\,000}, 0, 1\Bigr)
+
+    Args:
+      step: a number, or `[C]`: the batches so far.
+
+    Returns:
+      The limit, of the shape of step and float32.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> print(bnjax.renorm_r_max(jnp.array([0.0, 22_500.0, 1e6])))
+      [1. 2. 3.]
+
+    References:
+      Ioffe 2017, https://arxiv.org/abs/1702.03275, section 4.
+    """
     return jnp.interp(step, jnp.array([5e3, 40e3]), jnp.array([1.0, 3.0]))
 
 
 def renorm_d_max(step: jax.Array) -> jax.Array:
-    """The paper's limit of d: 0 for 5000 steps, then linear to 5 at step 25 000."""
+    r"""The paper's limit of d: 0 for 5000 steps, then linear to 5 at step 25 000.
+
+    .. math:: d_{max} = 5 \cdot \mathrm{clip}\Bigl(\frac{\mathrm{step} - 5000}{20\,000}, 0, 1\Bigr)
+
+    Args:
+      step: a number, or `[C]`: the batches so far.
+
+    Returns:
+      The limit, of the shape of step and float32.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> print(bnjax.renorm_d_max(jnp.array([0.0, 15_000.0, 1e6])))
+      [0.  2.5 5. ]
+
+    References:
+      Ioffe 2017, https://arxiv.org/abs/1702.03275, section 4.
+    """
     return jnp.interp(step, jnp.array([5e3, 25e3]), jnp.array([0.0, 5.0]))
 
 
@@ -73,8 +107,8 @@ def batch_renorm(
       var: `[C]`, the running variance before this batch.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
-      r_max: limit of r and 1/r, at least 1: a number or `[C]`; by step :func:`bnjax.functional.renorm_r_max`.
-      d_max: limit of \|d\|, at least 0: a number or `[C]`; by step :func:`bnjax.functional.renorm_d_max`.
+      r_max: limit of r and 1/r, at least 1: a number or `[C]`; by step :func:`bnjax.renorm_r_max`.
+      d_max: limit of \|d\|, at least 0: a number or `[C]`; by step :func:`bnjax.renorm_d_max`.
       axis: the feature axis or axes; all others are reduced over.
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.

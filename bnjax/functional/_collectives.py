@@ -23,13 +23,18 @@ class Group(NamedTuple):
     index_groups: tuple[tuple[int, ...], ...] | None = None
 
 
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    """One name, several, or none, as a tuple."""
+    names = (axis_name,) if isinstance(axis_name, str) or not isinstance(axis_name, Sequence) else tuple(axis_name)
+    return tuple(name for name in names if name is not None)
+
+
 def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | None, shape: tuple[int, ...]) -> Group:
     """The group that the arguments name; raises ValueError for names that are not bound here.
 
     `shape` is that of the batch about to be normalised, for the message.
     """
-    names = (axis_name,) if isinstance(axis_name, str) or not isinstance(axis_name, Sequence) else tuple(axis_name)
-    names = tuple(name for name in names if name is not None)
+    names = names_of(axis_name)
     for name in names:
         _check_bound(name, shape)
     if axis_index_groups is None:

@@ -1,12 +1,12 @@
 """Batch normalization as a constant: for detection and fine-tuning on few images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
 from bnjax.functional import _axes
-from bnjax.functional._batch_norm import _readable as readable
 from bnjax.functional._finish import Activation
 from bnjax.functional._normalize import normalize
 
@@ -61,7 +61,7 @@ def frozen_batch_norm(
     layout = _axes.layout_of(x, axis)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     mean, var, scale, bias = lax.stop_gradient((mean, _axes.as_variance(var, layout), scale, bias))
-    x = readable(x, _axes.as_mask(mask, x), layout.expand(_axes.as_vector("mean", mean, layout, x)))
-    return normalize(
-        x, mean, var, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype, activation=activation, residual=residual
+    options: dict[str, Any] = dict(
+        axis=axis, epsilon=epsilon, mask=mask, dtype=dtype, activation=activation, residual=residual
     )
+    return normalize(x, mean, var, scale, bias, **options)

@@ -123,3 +123,11 @@ def tangent_affine(x: jax.Array, K: jax.Array, t_a: jax.Array, t_c: jax.Array) -
 
 def _plain_affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
     return x.astype(K.dtype) * a + c
+
+
+def readable(x: jax.Array, mask: jax.Array | None, mean: jax.Array | None = None) -> jax.Array:
+    """x, with NaN and Inf at positions of weight zero read as the mean: neither they nor their derivatives get out."""
+    if mask is None or mean is None:
+        return x
+    x = x.astype(mean.dtype)
+    return jnp.where((mask > 0) | jnp.isfinite(x), x, mean)

@@ -116,6 +116,7 @@ def moments_for_running(
     running: jax.Array,
     *,
     shape: tuple[int, ...],
+    axis_name: _collectives.AxisName,
     stats_axis_name: _collectives.AxisName,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Moments:
@@ -125,6 +126,7 @@ def moments_for_running(
       moments: `Moments` that normalised the batch, each `[C]`.
       running: `[C]`, the running mean.
       shape: of the batch, for the warning where running averages that devices share would come to differ.
+      axis_name: name, or names, of the axes over which they are pooled already.
       stats_axis_name: name, or names, of the axes over which the running averages are those of all devices; None leaves
         the moments as they are.
       axis_index_groups: the groups along that axis that normalised together.
@@ -132,5 +134,9 @@ def moments_for_running(
     if stats_axis_name is None:
         _collectives.warn_if_local(running, moments.mean, shape)
         return moments
-    copies = 1 if axis_index_groups is None else len(axis_index_groups[0])
-    return pool_moments(moments, axis_name=stats_axis_name, copies=copies)
+    if axis_index_groups is not None:
+        return pool_moments(moments, axis_name=stats_axis_name, copies=len(axis_index_groups[0]))
+    apart = tuple(
+        name for name in _collectives.names_of(stats_axis_name) if name not in _collectives.names_of(axis_name)
+    )
+    return pool_moments(moments, axis_name=apart) if apart else moments

@@ -26,7 +26,23 @@ _GUARD = 16.0
 
 
 class Moments(NamedTuple):
-    """Mean, biased variance and count (the sum of weights) of a batch, per channel; float32 at least."""
+    r"""Mean, biased variance and count (the sum of weights) of a batch, per channel; float32 at least.
+
+    .. math::
+        \mathrm{count} = \sum w, \qquad \mathrm{mean} = \frac{\sum w x}{\mathrm{count}}, \qquad
+        \mathrm{var} = \frac{\sum w (x - \mathrm{mean})^2}{\mathrm{count}}
+
+    Attributes:
+      mean: `[C]`, the feature shape; complex where x is.
+      var: `[C]`, real.
+      count: `[C]`, real: rows, or the sum of their weights.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> mean, var, count = bnjax.batch_moments(jnp.array([[1.0], [3.0]]))
+      >>> print(mean, var, count)
+      [2.] [1.] [2.]
+    """
 
     mean: jax.Array  # [C] (the feature shape)
     var: jax.Array  # [C]

@@ -15,7 +15,24 @@ from bnjax.functional._second_moment import Operands, Scaling, estimated
 
 
 class RecentStats(NamedTuple):
-    """Statistics of the last m batches, the newest last, and how many there have been; float32 at least."""
+    r"""Statistics of the last m batches, the newest last, and how many there have been; float32 at least.
+
+    .. math:: \mathrm{squares}_i = \mathrm{E}[x_i^2], \qquad \mathrm{projections}_i = \mathrm{E}[d\hat x_i\, \hat x_i]
+
+    Attributes:
+      squares: `[m, C]`.
+      projections: `[m, C]`, Λ of :func:`bnjax.moving_average_batch_norm`.
+      steps: `[C]`.
+
+    Examples:
+      >>> import bnjax
+      >>> recent = bnjax.RecentStats.start((3,), buffer_size=16)
+      >>> recent.squares.shape, recent.steps.shape
+      ((16, 3), (3,))
+
+    References:
+      Yan et al. 2020, https://arxiv.org/abs/2001.06838, section 4.
+    """
 
     squares: jax.Array  # [m, C], E[x²]
     projections: jax.Array  # [m, C], Λ = E[dxhat·xhat]
@@ -23,7 +40,15 @@ class RecentStats(NamedTuple):
 
     @classmethod
     def start(cls, shape: tuple[int, ...], buffer_size: int) -> "RecentStats":
-        """Before the first batch."""
+        """Before the first batch.
+
+        Args:
+          shape: the feature shape, such as `(C,)`.
+          buffer_size: m.
+
+        Returns:
+          `RecentStats` of zeros.
+        """
         empty = jnp.zeros((buffer_size, *shape), jnp.float32)
         return cls(empty, empty, jnp.zeros(shape, jnp.float32))
 

@@ -21,6 +21,7 @@ def normalize(
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     activation: Activation = None,
     residual: jax.Array | None = None,
@@ -38,6 +39,8 @@ def normalize(
       bias: `[C]`, or None for 0.
       axis: the feature axis or axes.
       epsilon: added to the variance; positive.
+      mask: non-negative weights, broadcastable to x. A NaN or Inf at a position of weight zero is read as the mean;
+        everything else stands by itself.
       dtype: of y; by default the promotion of x, scale and bias, as in Flax.
       activation: a function of the output, such as `jax.nn.relu`; a hashable one, and the same object every time.
       residual: of the shape of x, added before the activation: act(y + residual), as the separate operations.
@@ -64,6 +67,8 @@ def normalize(
     epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x, mean, var))
     activation, residual = as_activation(activation), as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
+    compute = _axes.statistics_dtype(x, mean, var)
+    x = _kernels.readable(x, _axes.as_mask(mask, x), layout.expand(mean.astype(compute)))
     return _normalize(layout, epsilon, dtype, activation, x, mean, var, scale, bias, residual)
 
 

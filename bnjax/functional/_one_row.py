@@ -13,7 +13,18 @@ _SILENT: ContextVar[bool] = ContextVar("silent", default=False)
 
 
 class OneRowWarning(UserWarning):
-    """A batch with one row per channel was normalised by its own statistics: its output is the bias alone."""
+    """A batch with one row per channel was normalised by its own statistics: its output is the bias alone.
+
+    Given when a call is traced; not in `init`, not in evaluation, and not where a mask leaves one row.
+
+    Examples:
+      >>> import warnings, jax.numpy as jnp, bnjax
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore", bnjax.OneRowWarning)
+      ...     y, _ = bnjax.batch_norm(jnp.array([[7.0, 8.0]]))
+      >>> print(y)
+      [[0. 0.]]
+    """
 
 
 @contextmanager

@@ -21,11 +21,24 @@ Momentum = jax.Array | float | Callable[[jax.Array], jax.Array | float] | None
 
 
 class RunningStats(NamedTuple):
-    """Running mean and running variance, per channel; float32 at least.
+    r"""Running mean and running variance, per channel; float32 at least.
 
-    `steps`, the batches that each channel has taken, is there for the averages that need it; `skipped`, the batches
-    that it refused because their moments were not finite, for those who want to know. They are floats like their
-    neighbours, so that whatever differentiates, averages or stores the tree need not know them.
+    They start at :math:`\mathrm{mean} = 0, \mathrm{var} = 1`; :func:`bnjax.update_running` takes a step. The counts are
+    floats like their neighbours, so that whatever differentiates, averages or stores the tree need not know them.
+
+    Attributes:
+      mean: `[C]`.
+      var: `[C]`, the average of the biased variances.
+      steps: `[C]`, the batches that each channel has taken; None where no average needs it.
+      skipped: `[C]`, the batches that it refused because their moments were not finite; None where nobody asked.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> running = bnjax.RunningStats(mean=jnp.zeros(2), var=jnp.ones(2))
+      >>> moments = bnjax.batch_moments(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+      >>> running = bnjax.update_running(running, moments, momentum=0.5)
+      >>> print(running.mean, running.var)
+      [ 1. 10.] [ 1.  50.5]
     """
 
     mean: jax.Array  # [C]
@@ -35,7 +48,7 @@ class RunningStats(NamedTuple):
 
     @property
     def pivot(self) -> jax.Array:
-        """The running mean where it is worth subtracting before the rows are summed, else 0: for `batch_norm`."""
+        """What `batch_norm` may subtract before it sums: the running mean where that is worth it, else 0."""
         return jnp.where(jnp.abs(self.mean) ** 2 > _NEAR_ZERO * self.var, self.mean, 0)
 
 

@@ -36,8 +36,8 @@ def split_batch_norm(
     .. math::
         y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
 
-    The running averages have a row for each domain: :func:`bnjax.functional.update_split_running` updates one,
-    :func:`bnjax.functional.split_normalize` normalises by one.
+    The running averages have a row for each domain: :func:`bnjax.update_split_running` updates one,
+    :func:`bnjax.split_normalize` normalises by one.
 
     Args:
       x: `[..., C]`, the rows of one domain.
@@ -110,7 +110,7 @@ def split_normalize(
       y, of the shape of x; NaN for a traced domain that is none of the D.
 
     Raises:
-      ValueError, TypeError: as :func:`bnjax.functional.split_batch_norm`.
+      ValueError, TypeError: as :func:`bnjax.split_batch_norm`.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -127,13 +127,17 @@ def split_normalize(
 
 
 def update_split_running(running: RunningStats, moments: Moments, domain: Domain, **options: Any) -> RunningStats:
-    """One step of the running averages of one domain; the others stay as they are.
+    r"""One step of the running averages of one domain d; the others stay as they are.
+
+    .. math::
+        \mathrm{mean}_d \leftarrow m \cdot \mathrm{mean}_d + (1 - m)\, \mathrm{mean}_\text{batch}, \qquad
+        \mathrm{var}_d \leftarrow m \cdot \mathrm{var}_d + (1 - m)\, \mathrm{var}_\text{batch}
 
     Args:
       running: `RunningStats`, each `[D, C]`.
       moments: `Moments` of a batch of the domain, each `[C]`.
       domain: 0 to D − 1; an integer, which may be traced (for another, nothing changes).
-      options: those of :func:`bnjax.update_running`, by its equation.
+      options: those of :func:`bnjax.update_running`, such as `momentum` for m.
 
     Returns:
       `RunningStats`, each `[D, C]`.

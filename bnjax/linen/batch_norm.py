@@ -151,8 +151,8 @@ class BatchNorm(nn.Module):
         """y by the statistics of the batch, and the moments for the running averages. No axis name during `init`."""
         return batch_norm(x, pivot=running.pivot, **options)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, *, mask: Any, **options: Any) -> jax.Array:
-        """y by the running averages, for which a mask need not matter."""
+    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        """y by the running averages."""
         return normalize(x, running.mean, running.var, **options)
 
     def _counts_steps(self) -> bool:
@@ -196,6 +196,7 @@ class BatchNorm(nn.Module):
                 moments,
                 running.mean,
                 shape=x.shape,
+                axis_name=self.axis_name,
                 stats_axis_name=self.stats_axis_name,
                 axis_index_groups=self.axis_index_groups,
             )

@@ -68,6 +68,8 @@ class BatchNorm(nnx.Module):
         fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
         small all-reduces more. Without it, running averages follow the statistics that normalise.
       activation: a function that the output goes through, such as `jax.nn.relu`, after a residual was added.
+      count_skipped: count in one more `nnx.BatchStat`, skipped, the batches that a channel's running averages refused
+        because its moments were NaN or Inf; `bnjax.tools.inspect` shows it.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or a `num_features` that is not that of
@@ -206,8 +208,8 @@ class BatchNorm(nnx.Module):
         """y by the statistics of the batch, and the moments for the running averages."""
         return batch_norm(x, pivot=running.pivot, **options)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, *, mask: Any, **options: Any) -> jax.Array:
-        """y by the running averages, for which a mask need not matter."""
+    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        """y by the running averages."""
         return normalize(x, running.mean, running.var, **options)
 
     def _counts_steps(self) -> bool:
@@ -249,6 +251,7 @@ class BatchNorm(nnx.Module):
                 moments,
                 running.mean,
                 shape=x.shape,
+                axis_name=self.axis_name,
                 stats_axis_name=self.stats_axis_name,
                 axis_index_groups=self.axis_index_groups,
             )

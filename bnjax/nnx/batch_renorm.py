@@ -23,7 +23,7 @@ class BatchRenorm(BatchNorm):
     Args:
       num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
       r_max: limit of r and 1/r: a number, or a function from the step 0, 1, ... to it; by default the paper's,
-        :func:`bnjax.functional.renorm_r_max`: 1 for 5000 steps, to 3 at step 40 000.
+        :func:`bnjax.renorm_r_max`: 1 for 5000 steps, to 3 at step 40 000.
       d_max: limit of d, likewise: 0 for 5000 steps, to 5 at step 25 000.
       fields: those of :class:`bnjax.nnx.BatchNorm`. The default momentum, 0.99, is the paper's.
 

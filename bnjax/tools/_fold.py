@@ -19,14 +19,30 @@ Layers = dict[Path, dict[str, jax.Array]]  # the variables of each layer that ta
 
 
 class Folded(NamedTuple):
-    """What `fold` made of a model."""
+    r"""What :func:`fold` made of a model.
 
-    variables: Any  # of the structure that was given; folded normalizations do nothing, or add a shift
-    stripped: Any  # without the folded normalizations; the layers that took them have a bias
-    apply_fn: Callable[..., Any]  # runs `stripped`: apply_fn(stripped, x)
-    pairs: tuple[Pair, ...]  # what was folded into what
-    left: dict[str, str]  # the normalizations that were not folded, and why
-    difference: float  # max|y′ − y| / max|y| on the sample, y′ from `stripped`
+    Attributes:
+      variables: of the structure that was given; folded normalizations do nothing, or add a shift.
+      stripped: without the folded normalizations; the layers that took them have a bias.
+      apply_fn: runs `stripped`: `apply_fn(stripped, x)`.
+      pairs: what was folded into what, each a :class:`Pair`.
+      left: the normalizations that were not folded, and why: `{"block1/norm": "...", ...}`.
+      difference: :math:`\max|y' - y| / \max|y|` on the sample, y' from `stripped`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> from bnjax import tools
+      >>> norm, x = bnjax.linen.BatchNorm(use_running_average=True), jnp.ones((2, 3))
+      >>> tools.fold(norm.apply, norm.init(jax.random.key(0), x), x).pairs  # no layer beside it
+      ()
+    """
+
+    variables: Any
+    stripped: Any
+    apply_fn: Callable[..., Any]
+    pairs: tuple[Pair, ...]
+    left: dict[str, str]
+    difference: float
 
 
 def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequence[str] | None = None) -> Folded:

@@ -36,11 +36,22 @@ class Site(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A normalization that was folded, and the layer that took it."""
+    """A normalization that was folded, and the layer that took it.
+
+    Attributes:
+      norm: the path of the normalization, such as `"block1/BatchNorm_0"`.
+      layer: the path of the layer.
+      side: `"previous"`: the layer makes the input of the normalization; `"next"`: it uses its output.
+
+    Examples:
+      >>> from bnjax import tools
+      >>> tools.Pair(norm="BatchNorm_0", layer="Conv_0", side="previous").layer
+      'Conv_0'
+    """
 
     norm: str
     layer: str
-    side: str  # "previous": the layer makes the input of the normalization; "next": it uses its output
+    side: str
 
 
 class Match(NamedTuple):

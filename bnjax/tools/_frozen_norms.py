@@ -24,6 +24,9 @@ def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
     Args:
       layers: patterns of the layers to freeze, such as `"block1/*"`; all by default.
 
+    Returns:
+      A context manager.
+
     Raises:
       ValueError: `layers` is one string instead of a sequence.
 

@@ -17,7 +17,18 @@ Row = dict[str, Any]
 
 
 class Inspection(NamedTuple):
-    """One row for each layer; `pandas.DataFrame(inspection.rows)`, `print(inspection)`, or a picture of it."""
+    """One row for each layer; `pandas.DataFrame(inspection.rows)`, `print(inspection)`, or a picture of it.
+
+    Attributes:
+      rows: a dict for each layer, with the keys and units of :func:`inspect`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bnjax import tools
+      >>> print(tools.inspect({"bn": {"mean": jnp.zeros(3), "var": jnp.full(3, 2.0)}}))
+      layer  channels  constant  |mean|/std  var min  var max
+      bn            3         0           0        2        2
+    """
 
     rows: list[Row]
 
@@ -26,11 +37,22 @@ class Inspection(NamedTuple):
         return as_text(self.rows)
 
     def rich(self) -> Any:
-        """The same for `rich.print`, with what is wrong in colour; needs rich."""
+        """The same for `rich.print`, with what is wrong in colour.
+
+        Raises:
+          ImportError: rich is not installed.
+        """
         return as_rich(self.rows)
 
     def save_png(self, file: str | File) -> None:
-        """Draws drift, scales, variances and idle channels of all layers into one picture; needs matplotlib."""
+        """Draws drift, scales, variances and idle channels of all layers into one picture.
+
+        Args:
+          file: where to write it.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+        """
         draw(self.rows, File(file))
 
 

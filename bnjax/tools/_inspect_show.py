@@ -62,13 +62,13 @@ def draw(rows: Sequence[Row], file: File) -> None:
     drift.set_yticks(places, names)
     drift.invert_yaxis()
     _bars(drift, rows, ("mean_drift", "var_drift"), ("mean (standard deviations)", "variance (nepers)"))
-    drift.set_title("Batch against running statistics")
+    drift.set_title("Batch against\nrunning statistics")
     _ranges(scales, rows, "scale_min", "scale_max", "scale_median")
-    scales.set_title("|scale|: smallest, median, largest")
+    scales.set_title("|scale|: smallest,\nmedian, largest")
     _ranges(variances, rows, "var_min", "var_max", None)
-    variances.set_title("Running variance: smallest, largest")
+    variances.set_title("Running variance:\nsmallest, largest")
     _bars(idle, rows, ("constant", "dead"), ("constant input", "scale next to zero"), share="channels")
-    idle.set_title("Idle channels (share)")
+    idle.set_title("Idle channels\n(share)")
     figure.savefig(file, dpi=120)
 
 
@@ -86,7 +86,8 @@ def _ranges(axes: Any, rows: Sequence[Row], low: str, high: str, middle: str | N
     axes.hlines([place for place, _ in at], [row[low] for _, row in at], [row[high] for _, row in at])
     for key in (low, high, *([middle] if middle else [])):
         axes.plot([row[key] for _, row in at], [place for place, _ in at], "|" if key != middle else "o")
-    axes.set_xscale("symlog", linthresh=1e-6)
+    if max((row[high] for _, row in at), default=0) > 100 * min((row[low] for _, row in at), default=0):
+        axes.set_xscale("symlog", linthresh=1e-6)  # within two decades its axis would have next to no numbers
 
 
 def _filled(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -121,7 +121,12 @@ class _Recorder:
         running, pooled = (mean.reshape(layout.shape), var.reshape(layout.shape)), moments
         if everybody is not None:  # more devices share the running averages than normalise together
             pooled = moments_for_running(
-                moments, running[0], shape=call.x.shape, stats_axis_name=everybody, axis_index_groups=names[1]
+                moments,
+                running[0],
+                shape=call.x.shape,
+                axis_name=names[0],
+                stats_axis_name=everybody,
+                axis_index_groups=names[1],
             )
         trace = get_opaque_trace_state(convention="flax")
         earlier = self._earlier.get(call.path)
