@@ -51,3 +51,4 @@ html_static_path = ["assets"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
+html_show_copyright = False  # LICENSE says it

@@ -1,28 +1,34 @@
-"""`python -m experiments`: the experiments and what each of them claims."""
+"""`python -m experiments`: the experiments, what each of them claims, and where its results are."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+CLAIM = re.compile(r"^Claim:((?:.|\n(?= ))+)", re.MULTILINE)  # its first line, and those that are indented
 
 
 def claims() -> dict[str, str]:
-    """The `Claim:` line in the docstring of every module that has one, without importing any of them."""
+    """What follows `Claim:` in the docstring of every module that has one, without importing any of them."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
-        for line in (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines():
-            if line.startswith("Claim:"):
-                name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-                found[name] = line.removeprefix("Claim:").strip()
+        claim = CLAIM.search(ast.get_docstring(ast.parse(path.read_text())) or "")
+        if claim:
+            found[".".join(path.relative_to(ROOT.parent).with_suffix("").parts)] = " ".join(claim[1].split())
     return found
 
 
+def results(name: str) -> str:
+    """Where the results of a module are kept, or an empty string."""
+    *folders, stem = name.split(".")
+    kept = sorted(ROOT.parent.joinpath(*folders, "results").glob(f"{stem}.*"))
+    return str(next((path for path in kept if path.suffix == ".md"), kept[0]).relative_to(ROOT.parent)) if kept else ""
+
+
 def main() -> None:
-    """Prints one line per experiment."""
-    table = claims()
-    width = max(map(len, table))
-    for name, claim in table.items():
-        print(f"{name:<{width}}  {claim}")
+    """Prints the name of each experiment, its claim, and where its results are."""
+    for name, claim in claims().items():
+        print(f"{name}\n    {claim}\n    {results(name) or 'no results are kept: run it'}")
     print("\nRun one with `python -m NAME`; `--help` lists its options.")
 
 

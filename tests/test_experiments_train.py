@@ -172,4 +172,4 @@ def test_help_explains_every_option() -> None:
 
 
 def test_the_package_lists_its_experiments() -> None:
-    assert re.search(r"(?m)^experiments\.train +A three-block BN network", finish(start(module="experiments")))
+    assert re.search(r"(?m)^experiments\.train\n +A three-block BN network", finish(start(module="experiments")))
