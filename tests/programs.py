@@ -15,7 +15,7 @@ from experiments.records import Line, read_lines
 from processes import free_port
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 120  # seconds, many times what a smoke run takes
+LIMIT = 300  # seconds, many times what a smoke run takes
 
 
 def start(
