@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from experiments.devices import DATA, replicated, split
+from experiments.errors import ConfigError
 from experiments.nonfinite import skipped, unless_skipped, value_and_grad
 
 Batch = dict[str, Any]
@@ -92,10 +93,17 @@ def make_train_step(
         inputs: what the model is called with. The loss is the mean over whatever has a label, weighted.
         accumulate: micro-batches that a batch is cut into, each with statistics of its own: gradients and running
             averages are the means over them.
+
+    Raises:
+        ConfigError: in the first step, for micro-batches or a scaled loss with a model whose gradient state follows
+            one batch after the other (PowerNorm, MovingAverageBatchNorm).
     """
     over = axis_name(partition)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if state.overwritten is not None and (accumulate > 1 or state.loss_scale is not None):
+            raise ConfigError("PowerNorm and MovingAverageBatchNorm train without micro-batches and in no float16")
+
         def objective(trained: tuple[Any, Any], batch: Batch, part: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             params, overwritten = trained
             variables = {"params": params, "batch_stats": state.batch_stats}

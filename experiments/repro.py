@@ -145,6 +145,8 @@ def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, in
     _write(file, [line for line in lines if (line["setting"], line["seed"]) in done], "w")
     trials = [(setting, seed) for seed in range(seeds) for setting in study.settings]
     missing = [trial for trial in trials if trial not in done]
+    if not missing:
+        print(f"{file} holds all {len(trials)} trials: drawn from these. --out FOLDER runs them anew", file=sys.stderr)
     yield from tqdm(missing, desc=study.name, unit="trial", file=sys.stderr)
 
 

@@ -114,6 +114,14 @@ def test_gradients_and_averages_are_the_means_over_micro_batches(data: Labelled)
     jax.tree.map(close, (both.params, both.batch_stats), wanted)
 
 
+def test_gradient_state_wants_whole_batches(data: Labelled) -> None:
+    mesh, model, optimizer = data_mesh(1), ConvNet(MovingAverageBatchNorm, widths=(4,)), optax.sgd(0.1)
+    step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {}, accumulate=2)
+    batch = place(next(training_batches(data, BATCH, epochs=1, seed=0)), mesh)
+    with pytest.raises(ConfigError, match="without micro-batches"):
+        step(create_state(model, optimizer, 0, mesh), batch)
+
+
 def test_resnet20_is_the_papers() -> None:
     """Its table 6 says 0.27 million parameters; 19 convolutions, each with a BN, and a Dense layer."""
     model = ResNet20(partial(BatchNorm, momentum=0.9))
