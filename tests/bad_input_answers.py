@@ -31,7 +31,7 @@ def answer(case):
     features = tuple(sorted(a % x.ndim for a in axes))
     held = {k: np.asarray(v, np.float64) for k, v in case.variables.items()}
     if not case.train:
-        y = _normalised(case, x, held["mean"], held["var"], features)
+        y = _normalised(case, _readable(x, mask, held["mean"], features), held["mean"], held["var"], features)
         return dict(y=_nan_at(y, case.nan, features), mean=held["mean"], var=held["var"])
     batch = statistics(x, features, mask)
     y = _normalised(case, _readable(x, mask, batch.mean, features), batch.mean, batch.var, features)
@@ -44,8 +44,8 @@ def answer(case):
 
 
 def _mask(case):
-    """The weights, which evaluation does not look at."""
-    return None if case.mask is None or not case.train else np.asarray(case.mask, np.float64)
+    """The weights, of which evaluation only asks where they are zero."""
+    return None if case.mask is None else np.asarray(case.mask, np.float64)
 
 
 def _normalised(case, x, mean, var, features):

@@ -23,10 +23,11 @@ def functional(case):
         held = case.variables | data
         options = dict(axis=case.axis, epsilon=case.epsilon, dtype=case.dtype)
         affine = dict(scale=held.get("scale"), bias=held.get("bias"))
+        options |= dict(mask=data.get("mask", case.mask))
         mean, var = held["mean"], held["var"]
         if not case.train:
             return dict(y=bnjax.normalize(x, mean, var, **affine, **options), mean=mean, var=var)
-        y, moments = bnjax.batch_norm(x, mask=data.get("mask", case.mask), **affine, **options)
+        y, moments = bnjax.batch_norm(x, **affine, **options)
         running = bnjax.update_running(bnjax.RunningStats(mean, var), moments, momentum=case.momentum)
         return dict(y=y, mean=running.mean, var=running.var)
 
