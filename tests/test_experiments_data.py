@@ -8,7 +8,7 @@ import pytest
 from grain.sharding import ShardOptions
 
 from experiments import cifar
-from experiments.data import IMAGES, LABELS, Labelled, embedded_digits, load
+from experiments.data import IMAGES, LABELS, Labelled, embedded_digits, load, stratified_split
 from experiments.errors import ConfigError
 from experiments.pipeline import evaluation_batches, training_batches
 from programs import idx
@@ -95,12 +95,14 @@ def digits() -> Labelled:
 
 
 def test_split_is_stratified_fixed_and_disjoint() -> None:
-    first, second = embedded_digits(), embedded_digits.__wrapped__()  # past the cache
-    assert np.bincount(first.train.labels).tolist() == [400] * 10
-    assert np.bincount(first.test.labels).tolist() == [100] * 10
-    np.testing.assert_array_equal(first.test.images, second.test.images)
-    distinct = [{image.tobytes() for image in part.images} for part in first]
+    split = embedded_digits()
+    assert np.bincount(split.train.labels).tolist() == [400] * 10
+    assert np.bincount(split.test.labels).tolist() == [100] * 10
+    distinct = [{image.tobytes() for image in part.images} for part in split]
     assert not distinct[0] & distinct[1]
+    whole = Labelled(*(np.concatenate(parts) for parts in zip(*split, strict=True)))
+    first, second = (stratified_split(whole, 100) for _ in range(2))
+    np.testing.assert_array_equal(first.test.images, second.test.images)
 
 
 def test_training_batches_resume_where_they_stood(digits: Labelled) -> None:
