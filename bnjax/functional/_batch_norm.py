@@ -123,14 +123,13 @@ def _batch_norm(
     residual: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
     standardise = _standardised if jnp.iscomplexobj(x) else _standardise  # of complex x by autodiff of its moments
-    y, s = standardise(reduction, epsilon, x, scale, bias, mask, start_pivot(x, pivot, reduction.layout))
+    y, s = standardise(reduction, epsilon, dtype, x, scale, bias, mask, start_pivot(x, pivot, reduction.layout))
     if activation is None:  # a sum keeps nothing for its derivative
-        return finish(y.astype(dtype), residual, None), s.moments()
+        return finish(y, residual, None), s.moments()
 
     @_kernels.recompute
     def finished(y: jax.Array, x: jax.Array, vectors: Any, residual: jax.Array | None) -> jax.Array:
-        y = in_place_of(y, _affine(reduction, x, mask, *vectors))
-        return finish(y.astype(dtype), residual, activation)
+        return finish(in_place_of(y, _affine(reduction, dtype, x, mask, *vectors)), residual, activation)
 
     vectors = s, _coefficients(epsilon, x, mask, s, scale, bias)
     return finished(y, x, vectors, residual), s.moments()
@@ -139,26 +138,32 @@ def _batch_norm(
 def _standardised(
     reduction: Reduction,
     epsilon: float,
+    dtype: np.dtype,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     mask: jax.Array | None,
     K: jax.Array,
 ) -> tuple[jax.Array, Centred]:
-    """y = (x − K)·a + c with a = scale·rstd and c = bias − e·a, in the dtype of the statistics."""
+    """y = (x − K)·a + c with a = scale·rstd and c = bias − e·a, in the dtype of the statistics and rounded once."""
     s = moments_of(reduction, x, mask, K)
-    return _affine(reduction, x, mask, s, _coefficients(epsilon, x, mask, s, scale, bias)), s
+    return _affine(reduction, dtype, x, mask, s, _coefficients(epsilon, x, mask, s, scale, bias)), s
 
 
-_standardise = jax.custom_jvp(_standardised, nondiff_argnums=(0, 1))
+_standardise = jax.custom_jvp(_standardised, nondiff_argnums=(0, 1, 2))
 
 
 def _affine(
-    reduction: Reduction, x: jax.Array, mask: jax.Array | None, s: Centred, vectors: tuple[jax.Array, ...]
+    reduction: Reduction,
+    dtype: np.dtype,
+    x: jax.Array,
+    mask: jax.Array | None,
+    s: Centred,
+    vectors: tuple[jax.Array, ...],
 ) -> jax.Array:
     """y from the coefficients of the next function."""
     a, c, *mean = map(reduction.layout.expand, vectors)
-    return _kernels.affine(_kernels.readable(x, mask, *mean), reduction.layout.expand(s.pivot), a, c)
+    return _kernels.affine(_kernels.readable(x, mask, *mean), reduction.layout.expand(s.pivot), a, c).astype(dtype)
 
 
 def _coefficients(
@@ -172,7 +177,7 @@ def _coefficients(
 
 @_standardise.defjvp
 def _standardise_jvp(
-    reduction: Reduction, epsilon: float, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    reduction: Reduction, epsilon: float, dtype: np.dtype, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[jax.Array, Centred], tuple[jax.Array, Centred]]:
     """t_y = t_x·a + (x − K)·t_a + t_c: two products per position, all the rest gathered per channel in t_c.
 
@@ -187,8 +192,7 @@ def _standardise_jvp(
     t_x = _kernels.widened(t_x, K.dtype)
     t_s = moments_tangent(reduction, x, mask, s, t_x)
     vectors = jax.jvp(partial(_coefficients, epsilon, x, mask), (s, scale, bias), (t_s, t_scale, t_bias))
-    (a, c, *mean), (t_a, t_c, *t_mean) = (map(expand, v) for v in vectors)
-    if mask is not None:
-        t_x = jnp.where((mask > 0) | jnp.isfinite(x), t_x, *t_mean)
-    K, x = expand(s.pivot), _kernels.readable(x, mask, *mean)
-    return (_kernels.affine(x, K, a, c), s), (t_x * a + _kernels.tangent_affine(x, K, t_a, t_c), t_s)
+    (a, c, *mean), tangents = (tuple(map(expand, v)) for v in vectors)
+    K = expand(s.pivot)
+    y = _kernels.affine(_kernels.readable(x, mask, *mean), K, a, c).astype(dtype)
+    return (y, s), (_kernels.tangent_affine(dtype, x, mask, (K, a, *mean), t_x, tangents), t_s)

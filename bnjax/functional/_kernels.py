@@ -1,10 +1,12 @@
 """The passes over the activation, each in the formulation that XLA compiles best.
 
 Everything that touches all rows of x is here; the rest of the package works on per-channel vectors. K is the pivot:
-a per-channel vector, of the shape that broadcasts against x, near the mean of x or zero. On TPU and GPU subtracting it
-inside a sum is free, for these passes are bound by memory. On the CPU it takes the sum off XLA's library path: forward
-and backward of a layer take about 1.6 times the time of four plain passes, 1.2 with plain sums. So there a
-branch looks whether any K differs from zero before it pays (experiments/bench/pivot.py).
+a per-channel vector, of the shape that broadcasts against x, near the mean of x or zero.
+
+On TPU and GPU these passes are bound by memory, and whatever happens to x inside a sum is free. On the CPU XLA hands
+plain sums, Σx and Σxy, to a library at the speed of memory, and nothing but these: a subtraction, a selection, or a
+conversion or product that two sums share, costs half the time of a layer or all of it again. So there a branch looks
+whether the plain sums will do, and each sum converts and weighs x for itself (experiments/bench/tried.py).
 """
 
 import math
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax.functional._axes import Layout
@@ -25,13 +28,28 @@ Kernel = Callable[..., Any]  # (x, K, ...) -> what it makes of them
 recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
-def _if_pivoted(pivoted: Kernel, plain: Kernel, x: jax.Array, K: jax.Array, *rest: jax.Array) -> Any:
-    """pivoted(x, K, *rest); on the CPU plain(x, K, *rest), which may ignore K, where every K is zero."""
+def _if_plain(plain: Kernel, general: Kernel, x: jax.Array, mask: jax.Array | None, K: jax.Array, *rest: Any) -> Any:
+    """general(x, mask, K, *rest), or, on the CPU, plain(...) where that is the same."""
+    return lax.platform_dependent(x, mask, K, *rest, cpu=partial(_where_plain, plain, general), default=general)
 
-    def on_cpu(x: jax.Array, K: jax.Array, *rest: jax.Array) -> Any:
-        return lax.cond(jnp.any(K != 0), pivoted, plain, x, K, *rest)
 
-    return lax.platform_dependent(x, K, *rest, cpu=on_cpu, default=pivoted)
+def _where_plain(plain: Kernel, general: Kernel, x: jax.Array, mask: jax.Array | None, K: jax.Array, *rest: Any) -> Any:
+    """plain(x, mask, K, *rest) where every K is zero and no padding unreadable: then it may forget both."""
+    alike = jnp.all(K == 0)
+    if mask is not None:
+        alike &= jnp.all(jnp.isfinite(_sum(_copies(x, K.dtype)[0], K)))
+    return lax.cond(alike, plain, general, x, mask, K, *rest)
+
+
+def _copies(x: jax.Array, dtype: jax.typing.DTypeLike, shared: bool = False) -> tuple[jax.Array, jax.Array]:
+    """x two times in `dtype`: behind one barrier and behind two, so that XLA does not make one array of them.
+
+    One conversion for two sums would be written to memory, in float32; one for each becomes part of its sum.
+    """
+    if x.dtype == dtype and not shared:
+        return x, x
+    once = lax.optimization_barrier(x)
+    return once.astype(dtype), lax.optimization_barrier(once).astype(dtype)
 
 
 def _sum(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -49,29 +67,24 @@ def weight_sum(x: jax.Array, weights: jax.Array, layout: Layout, dtype: jax.typi
 
 def row_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Σw(x − K) and Σw(x − K)², of the shape of K."""
+    return _if_plain(_plain_sums, _general_sums, x, weights, K)
+
+
+def _general_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    centred = x.astype(K.dtype) - K
     if weights is None:
-        return _if_pivoted(_pivoted_sums, _plain_sums, x, K)
-    centred = jnp.where(weights > 0, x.astype(K.dtype) - K, 0)  # NaN at weight 0 takes no part
+        return _sum(centred, K), _sum(centred * centred, K)
+    centred = jnp.where(weights > 0, centred, 0)  # NaN at weight 0 takes no part
     weighted = centred if weights.dtype == bool else weights.astype(K.dtype) * centred
     return _sum(weighted, K), _sum(weighted * centred, K)
 
 
-def _pivoted_sums(x: jax.Array, K: jax.Array) -> tuple[jax.Array, jax.Array]:
-    centred = x.astype(K.dtype) - K
-    return _sum(centred, K), _sum(centred * centred, K)
-
-
-def _plain_sums(x: jax.Array, K: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """On the CPU. Half precision is converted for each sum by itself, behind one barrier and behind two.
-
-    One conversion for both would be written to memory, in float32; one for each becomes part of its sum, which then
-    stays with the library. The forward pass of a layer in bfloat16 takes a half to a third of the time, and less than
-    in float32. (The backward pass still writes dy in float32: the branch of `_if_pivoted` is given it so.)
-    """
-    once = x if x.dtype == K.dtype else lax.optimization_barrier(x)
-    twice = once if x.dtype == K.dtype else lax.optimization_barrier(once)
-    once, twice = once.astype(K.dtype), twice.astype(K.dtype)
-    return _sum(once, K), _sum(twice * twice, K)
+def _plain_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    once, twice = _copies(x, K.dtype, shared=weights is not None)
+    if weights is None:
+        return _sum(once, K), _sum(twice * twice, K)
+    w, v = _copies(weights.astype(K.dtype), K.dtype, shared=True)
+    return _sum(w * once, K), _sum(v * twice * twice, K)
 
 
 def scaled_row_sums(
@@ -111,18 +124,54 @@ def affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
     return (x.astype(K.dtype) - K) * a + c
 
 
-@recompute
-def tangent_affine(x: jax.Array, K: jax.Array, t_a: jax.Array, t_c: jax.Array) -> jax.Array:
-    """(x − K)·t_a + t_c, for the derivative: what counts is its transpose, Σdy·(x − K) and Σdy over the rows.
+@partial(recompute, static_argnums=0)
+def tangent_affine(
+    dtype: np.dtype,
+    x: jax.Array,
+    mask: jax.Array | None,
+    vectors: tuple[jax.Array, ...],
+    t_x: jax.Array,
+    tangents: tuple[jax.Array, ...],
+) -> jax.Array:
+    """t_x·a + (x − K)·t_a + t_c, for the derivative: what counts is its transpose, Σdy·(x − K) and Σdy over the rows.
 
-    Recomputed twice over: inside the branches, lest they keep x − K; around them, for a branch hands on what it keeps,
-    x itself, as a copy. A scan over ten layers needs 30 activations of memory so, 50 without the second.
+    `vectors` are K and a, `tangents` those of a and c; with a mask both end with the mean, which unreadable padding is
+    read as. Recomputed twice over: inside the branches, lest they keep x − K; around them, for a branch hands on what
+    it keeps, x itself, as a copy. A scan over ten layers needs 30 activations of memory so, 50 without the second.
+
+    On the CPU dy goes into the branch in its own dtype, for a branch is given arrays from memory: a float32 copy of a
+    bfloat16 dy would be one. Forward mode pays for it with a rounding of each term.
     """
-    return _if_pivoted(recompute(affine), recompute(_plain_affine), x, K, t_a, t_c)
+    (K, a, *mean), (t_a, t_c, *t_mean) = vectors, tangents
+    rest = (t_a, t_c, *mean, *(t * a for t in t_mean))
+
+    def on_cpu(x: jax.Array, mask: jax.Array | None, K: jax.Array, t_x: jax.Array, *rest: jax.Array) -> jax.Array:
+        plain, general = (recompute(partial(kernel, dtype)) for kernel in (_plain_affine, _general_affine))
+        return (_read(t_x, x, mask) * a).astype(dtype) + _where_plain(plain, general, x, mask, K, *rest)
+
+    def elsewhere(x: jax.Array, mask: jax.Array | None, K: jax.Array, t_x: jax.Array, *rest: jax.Array) -> jax.Array:
+        return (_read(t_x, x, mask) * a + _general_affine(K.dtype, x, mask, K, *rest)).astype(dtype)
+
+    return lax.platform_dependent(x, mask, K, t_x, *rest, cpu=on_cpu, default=elsewhere)
 
 
-def _plain_affine(x: jax.Array, K: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
-    return x.astype(K.dtype) * a + c
+def _plain_affine(
+    dtype: np.dtype, x: jax.Array, mask: jax.Array | None, K: jax.Array, a: jax.Array, c: jax.Array, *_: jax.Array
+) -> jax.Array:
+    """x·a + c, and each term by itself in a lower dtype, so that dy, the derivative of both, is converted twice."""
+    x, c = _copies(x, K.dtype)[0], jnp.broadcast_to(c, x.shape)
+    if dtype == K.dtype:
+        return x * a + c
+    once, twice = (x * a).astype(dtype), lax.optimization_barrier(c.astype(dtype))
+    return lax.optimization_barrier(once) + lax.optimization_barrier(twice)
+
+
+def _general_affine(
+    dtype: np.dtype, x: jax.Array, mask: jax.Array | None, K: jax.Array, a: jax.Array, c: jax.Array, *mean: jax.Array
+) -> jax.Array:
+    """(x − K)·a + c; of the mean and its tangent times a, unreadable padding is read as the one and adds the other."""
+    y = affine(readable(x, mask, *mean[:1]), K, a, c)
+    return (y if mask is None else jnp.where(_is_readable(x, mask), y, y + mean[1])).astype(dtype)
 
 
 def readable(x: jax.Array, mask: jax.Array | None, mean: jax.Array | None = None) -> jax.Array:
@@ -130,4 +179,12 @@ def readable(x: jax.Array, mask: jax.Array | None, mean: jax.Array | None = None
     if mask is None or mean is None:
         return x
     x = x.astype(mean.dtype)
-    return jnp.where((mask > 0) | jnp.isfinite(x), x, mean)
+    return jnp.where(_is_readable(x, mask), x, mean)
+
+
+def _is_readable(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return (mask > 0) | jnp.isfinite(x)
+
+
+def _read(t_x: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return t_x if mask is None else jnp.where(_is_readable(x, mask), t_x, 0)

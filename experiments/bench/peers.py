@@ -23,8 +23,8 @@ from flax import nnx
 
 import bnjax
 
-Forward = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
-MODES = ("forward", "forward + backward", "evaluation")
+Forward = Callable[..., tuple[jax.Array, Any]]  # (params, state, x), and mask= where the layer takes one
+MODES = ("forward", "forward + backward", "forward + backward, masked", "evaluation")
 
 
 class Peer(NamedTuple):
@@ -49,9 +49,9 @@ def _linen(module: Callable[..., nn.Module], shape: Sequence[int], dtype: Any) -
 def _nnx(module: Callable[..., nnx.Module], shape: Sequence[int], dtype: Any) -> Peer:
     graph, params, state = nnx.split(module(shape[-1], dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
-    def train(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    def train(params: Any, state: Any, x: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
         layer = nnx.merge(graph, params, state, copy=True)
-        return layer(x, use_running_average=False), nnx.state(layer, nnx.BatchStat)
+        return layer(x, use_running_average=False, **options), nnx.state(layer, nnx.BatchStat)
 
     def evaluate(params: Any, state: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graph, params, state)(x, use_running_average=True)
@@ -98,7 +98,12 @@ def _keras(shape: Sequence[int], dtype: Any) -> Peer:
         [jnp.asarray(v.value) for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables)
     )
     evaluate = lambda p, s, x: layer.stateless_call(p, s, x, training=False)[0]  # noqa: E731
-    return Peer(params, state, lambda p, s, x: layer.stateless_call(p, s, x, training=True), evaluate)
+
+    def train(params: Any, state: Any, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        mask = None if mask is None else mask[..., 0]
+        return layer.stateless_call(params, state, x, training=True, mask=mask)
+
+    return Peer(params, state, train, evaluate)
 
 
 _JAX: dict[str, tuple[str, Callable[..., Peer]]] = {
@@ -111,6 +116,7 @@ _JAX: dict[str, tuple[str, Callable[..., Peer]]] = {
     "keras": ("keras", _keras),
 }
 CHANNELS_FIRST = {"equinox", "torch"}
+WITHOUT_MASK = {"haiku", "equinox", "torch", "torch, channels last"}
 JAX_PEERS, TORCH_PEERS = tuple(_JAX), ("torch", "torch, channels last")
 
 
@@ -124,7 +130,8 @@ def jax_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> 
     if name in CHANNELS_FIRST:
         x, dy = (np.ascontiguousarray(np.moveaxis(a, -1, 1)) for a in (x, dy))
     peer = _JAX[name][1](x.shape, dtype)
-    return compiled_run(partial(_step, peer, mode), (peer.params, peer.state), x, dy, dtype)
+    mask = jnp.asarray(np.random.default_rng(2).random((*x.shape[:-1], 1)) < 7 / 8) if "masked" in mode else None
+    return compiled_run(partial(_step, peer, mode), (peer.params, peer.state, mask), x, dy, dtype)
 
 
 def compiled_run(
@@ -143,20 +150,21 @@ def compiled_run(
     return run
 
 
-def _step(peer: Peer, mode: str, params: Any, state: Any, x: jax.Array, dy: jax.Array) -> Any:
+def _step(peer: Peer, mode: str, params: Any, state: Any, mask: jax.Array | None, x: jax.Array, dy: jax.Array) -> Any:
     """(y, dx or a number, whatever else a training step takes)."""
+    options = {} if mask is None else dict(mask=mask)
     if mode == "evaluation":
         return peer.evaluate(params, state, x), jnp.zeros(())
     if mode == "forward":
         y, new = peer.train(params, state, x)
         return y, jnp.zeros(()), new
-    y, pullback, new = jax.vjp(lambda p, x: peer.train(p, state, x), params, x, has_aux=True)
+    y, pullback, new = jax.vjp(lambda p, x: peer.train(p, state, x, **options), params, x, has_aux=True)
     grads, dx = pullback(dy.astype(y.dtype))
     return y, dx, grads, new
 
 
 def floor_run(mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
-    """Plain passes over memory, of which no layer needs fewer: for training two forward and two backward."""
+    """Plain passes over memory, of which no layer needs fewer: for training two forward and two backward; no mask."""
     rows = tuple(range(x.ndim - 1))
 
     def step(v: jax.Array, x: jax.Array, dy: jax.Array) -> Any:
