@@ -1,4 +1,4 @@
-"""The tables of accuracy and speed in the README, made of the committed results.
+"""The tables of accuracy and speed in the READMEs, here and of the project, made of the committed results.
 
 Command:  python -m experiments.bench.readme             # writes them; --check says whether they are up to date
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.bench import scaling_fits, scaling_paper
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "bench" / "results"
@@ -68,12 +70,22 @@ def accuracy() -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "compiled": compiled, "layers": layers}
+def scaling() -> str:
+    """How a layer's time grows, and what pooling the statistics costs."""
+    return scaling_fits.tables(scaling_fits.read(RESULTS / "scaling.jsonl"))
 
 
-def updated(text: str) -> str:
+Tables = dict[str, Callable[[], str]]
+TABLES: Tables = {"accuracy": accuracy, "compiled": compiled, "layers": layers}
+PAGES = {
+    ROOT / "README.md": TABLES,
+    ROOT / "experiments" / "bench" / "README.md": {"scaling": scaling, "paper": scaling_paper.table},
+}
+
+
+def updated(text: str, tables: Tables = TABLES) -> str:
     """`text` with each table between its markers made anew."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         begin, end = f"<!-- bench:{name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(begin)
         if not found or end not in rest:
@@ -84,13 +96,14 @@ def updated(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the README is out of date")
-    check, file = parser.parse_args().check, ROOT / "README.md"
-    text = file.read_text()
-    if check and updated(text) != text:
-        sys.exit("README.md is out of date: run python -m experiments.bench.readme")
-    if not check:
-        file.write_text(updated(text))
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a README is out of date")
+    check = parser.parse_args().check
+    for file, tables in PAGES.items():
+        text = file.read_text()
+        if check and updated(text, tables) != text:
+            sys.exit(f"{file.relative_to(ROOT)} is out of date: run python -m experiments.bench.readme")
+        if not check:
+            file.write_text(updated(text, tables))
 
 
 if __name__ == "__main__":
