@@ -92,17 +92,26 @@ def traffic(text: str) -> tuple[int, int]:
             elif op.opcode in _CALLS:
                 total += sum(map(moved, op.calls))
             elif op.opcode not in _FREE:
-                total += _written(op) + sum(size(types.get(operand, "")) for operand in op.operands)
+                total += _read(op, types) + _written(op)
         return total
 
     return moved(entry), branches
 
 
+def _read(op: Operation, types: dict[str, str]) -> int:
+    """What an operation reads: its operands, but of a slice that begins no more than the slice."""
+    read = sum(size(types.get(operand, "")) for operand in op.operands)
+    return min(read, size(_target(op).split("{")[0])) if op.opcode == "slice-start" else read
+
+
 def _written(op: Operation) -> int:
-    """What an operation writes: of a transfer that begins, the first of (target, source, state)."""
-    if op.opcode in ("copy-start", "slice-start"):
-        return size(op.type[1:].split("), ")[0] if op.type.startswith("((") else op.type[1 : op.type.index("}") + 1])
-    return size(op.type)
+    return size(_target(op) if op.opcode in ("copy-start", "slice-start") else op.type)
+
+
+def _target(op: Operation) -> str:
+    """The array that a transfer fills: of (target, source, state), and of ((source), target, state)."""
+    arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", op.type)
+    return arrays[1 if op.opcode == "slice-start" else 0]
 
 
 def all_reduces(compiled: Any) -> tuple[list[str], dict[str, list[str]]]:
