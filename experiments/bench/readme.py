@@ -26,36 +26,58 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 
 def compiled() -> str:
-    """Traffic and collectives of a layer, per target."""
+    """Traffic and collectives of a layer, and of a training step of ResNet-50, per target."""
     norms = ("bnjax", "flax.linen", "flax.linen, accurate")
-    lines = [
-        "| a layer with ReLU, " + " | ".join(("forward + backward", *norms)) + " |",
-        "|---" * (len(norms) + 1) + "|",
-    ]
     found = {(row["program"], row["target"], row["norm"]): row for row in _rows("aot")}
+
+    def line(what: str, program: str, target: str, value: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {what} | {' | '.join(value(found[program, target, norm]) for norm in norms)} |"
+
+    traffic = lambda row: f"{row['traffic']:.1f}"  # noqa: E731
+    number = lambda row: str(len(row["all_reduces"]))  # noqa: E731
+    lines = [f"| forward + backward | {' | '.join(norms)} |", "|---" * (len(norms) + 1) + "|"]
     for target in ("v5e:2x2", "v6e:2x2", "h100"):
-        cells = [f"{found['layer', target, norm]['traffic']:.1f}" for norm in norms]
-        lines.append(f"| {target}: traffic to memory, activations | {' | '.join(cells)} |")
+        lines.append(line(f"{target}: a layer with ReLU, activations of traffic", "layer", target, traffic))
+    lines.append(line("h100: the same with a mask", "layer, masked", "h100", traffic))
     for target in ("v5e:2x2", "v5e:16x16", "4xh100"):
-        cells = [str(len(found["layer, masked", target, norm]["all_reduces"])) for norm in norms]
-        lines.append(f"| {target}: all-reduces, masked or not | {' | '.join(cells)} |")
+        lines.append(line(f"{target}: its all-reduces, masked or not", "layer, masked", target, number))
+    for target in ("v5e:2x2", "v6e:2x2", "h100"):
+        lines.append(line(f"{target}: a step of ResNet-50, GB of traffic per chip", "ResNet-50 step", target, traffic))
+    for target in ("v5e:2x2", "4xh100"):
+        lines.append(line(f"{target}: its all-reduces, gradients included", "ResNet-50 step", target, number))
     return "\n".join(lines)
+
+
+Times = dict[tuple[str, str, str, str], float]  # by shape, dtype, mode and peer
 
 
 def layers() -> str:
     """How many times as long as bnjax the others take: median over the large shapes, and the range."""
     rows = [row for row in _rows("layers") if np.prod(row["size"]) >= LARGE]
-    times = {(r["shape"], r["dtype"], r["mode"], r["peer"]): r["milliseconds"] for r in rows}
-    columns = [(mode, dtype) for mode in ("forward", "forward + backward") for dtype in ("float32", "bfloat16")]
-    lines = ["| | " + " | ".join(f"{mode}, {dtype}" for mode, dtype in columns) + " |", "|---" * 5 + "|"]
+    times: Times = {(r["shape"], r["dtype"], r["mode"], r["peer"]): r["milliseconds"] for r in rows}
+    dtypes = ("float32", "bfloat16")
+    columns = [(mode, dtype) for mode in ("forward", "forward + backward") for dtype in dtypes]
+    columns.append(("forward + backward, masked", "float32"))
+    lines = ["| | " + " | ".join(f"{mode}, {dtype}" for mode, dtype in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for peer in PEERS:
-        cells = []
-        for mode, dtype in columns:
-            shapes = {row["shape"] for row in rows}
-            ratios = [times[s, dtype, mode, peer] / times[s, dtype, mode, "bnjax"] for s in sorted(shapes)]
-            cells.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        cells = [_times(times, (dtype, mode, peer), (dtype, mode, "bnjax")) for mode, dtype in columns]
         lines.append(f"| {peer} | {' | '.join(cells)} |")
+    step = ("forward + backward", "bnjax")
+    masked = [_times(times, (dtype, f"{step[0]}, masked", "bnjax"), (dtype, *step)) for dtype in dtypes]
+    halved = _times(times, ("bfloat16", *step), ("float32", *step))
+    lines += [
+        "",
+        f"bnjax beside itself: a mask takes {masked[0]} times the time without one in float32, {masked[1]} in",
+    ]
+    lines.append(f"bfloat16; bfloat16 takes {halved} times the time of float32.")
     return "\n".join(lines)
+
+
+def _times(times: Times, one: tuple[str, str, str], other: tuple[str, str, str]) -> str:
+    """Times of one by those of the other (dtype, mode, peer), over the shapes; empty where one has none."""
+    ratios = [times[shape, *one] / times[shape, *other] for shape, *key in times if tuple(key) == one]
+    return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def accuracy() -> str:

@@ -49,6 +49,11 @@ def line(found: Points) -> tuple[float, float]:
     return float(latency), float(slope)
 
 
+def _per_kilobyte(fit: tuple[float, float]) -> str:
+    """The slope; where waiting for a core hides it, none."""
+    return f"{fit[1] * 1e6:.2f}" if fit[1] > 0 else "not seen"
+
+
 def tables(lines: Sequence[Row]) -> str:
     """Markdown: exponents; what pooling costs over simulated devices; and over real processes."""
     about, *rows = lines
@@ -85,7 +90,7 @@ def _processes(rows: Sequence[Row]) -> str:
     fits = [line(points(rows, sweep, "all-reduce")) for sweep in GLOO]
     lines = [
         ("one all-reduce: latency, µs", *(f"{latency * 1e3:.0f}" for latency, _ in fits)),
-        ("one all-reduce: µs per kB more", *(f"{slope * 1e6:.2f}" for _, slope in fits)),
+        ("one all-reduce: µs per kB more", *map(_per_kilobyte, fits)),
     ]
     for curve in ("local", "pooled"):
         found = [points(rows, sweep, curve) for sweep in GLOO]
@@ -118,5 +123,5 @@ def _fit(rows: Sequence[Row], sweep: str, curve: str) -> str:
         return f", ∝ x^{power(points(rows, sweep, curve, least=LARGE))[0]:.2f}"
     if curve == "all-reduce":
         latency, slope = line(points(rows, sweep, curve))
-        return f", {latency * 1e3:.0f} µs + {slope * 1e6:.2f} µs/kB"
+        return f", {latency * 1e3:.0f} µs" + (f" + {slope * 1e6:.2f} µs/kB" if slope > 0 else "")
     return ""

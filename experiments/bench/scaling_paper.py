@@ -26,6 +26,7 @@ class Pod(NamedTuple):
     latency: float  # s, of an all-reduce of next to nothing
     link: float  # bytes/s, in one direction
     memory: float  # bytes/s of a chip
+    step: str  # the target that the training step was compiled for
 
 
 def torus(*sides: int) -> float:
@@ -38,7 +39,7 @@ def tree(nodes: int) -> float:
     return LAUNCH + 2 * ((GPUS - 1) * NVLINK + math.log2(nodes) * NETWORK)
 
 
-V5E, V5P, H100 = (50e9, 819e9), (100e9, 2765e9), (50e9, 3350e9)
+V5E, V5P, H100 = (50e9, 819e9, "v5e:2x2"), (100e9, 2765e9, "v5e:2x2"), (50e9, 3350e9, "h100")
 PODS = (
     Pod("256 TPU v5e, 16×16", torus(16, 16), *V5E),
     Pod("… groups of 16: one axis", torus(16), *V5E),
@@ -56,16 +57,16 @@ def all_reduces(pod: Pod) -> float:
     return 2 * (LAYERS * pod.latency + 2 * 2 * CHANNELS * 4 / pod.link)
 
 
-def traffic_of_an_image() -> float:
+def traffic_of_an_image(target: str) -> float:
     """Bytes that the compiled training step moves, per image."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    (step,) = [r for r in rows if (r["program"], r["norm"], r["target"]) == ("ResNet-50 step", "bnjax", "h100")]
+    (step,) = [r for r in rows if (r["program"], r["norm"], r["target"]) == ("ResNet-50 step", "bnjax", target)]
     return float(step["traffic"]) * 1e9 / IMAGES
 
 
 def share(pod: Pod, images: int) -> float:
     """Of a step's time, at most: nothing overlaps, and the rest takes no longer than its traffic to memory."""
-    rest = images * traffic_of_an_image() / pod.memory
+    rest = images * traffic_of_an_image(pod.step) / pod.memory
     return all_reduces(pod) / (all_reduces(pod) + rest)
 
 
