@@ -4,9 +4,9 @@ Everything that touches all rows of x is here; the rest of the package works on 
 a per-channel vector, of the shape that broadcasts against x, near the mean of x or zero.
 
 On TPU and GPU these passes are bound by memory, and whatever happens to x inside a sum is free. On the CPU XLA hands
-plain sums, Σx and Σxy, to a library at the speed of memory, and nothing but these: a subtraction, a selection, or a
-conversion or product that two sums share, costs half the time of a layer or all of it again. So there a branch looks
-whether the plain sums will do, and each sum converts and weighs x for itself (experiments/bench/tried.py).
+sums to a library at the speed of memory, but what two of them share it writes to memory first: x − K, the conversion of
+a half precision x, even K at all positions. So there a branch looks whether the plainest sums will do, and each sum has
+copies of its own. They are none: barriers of different depth, lest XLA find them equal (experiments/bench/tried.py).
 """
 
 import math
@@ -28,28 +28,19 @@ Kernel = Callable[..., Any]  # (x, K, ...) -> what it makes of them
 recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
-def _if_plain(plain: Kernel, general: Kernel, x: jax.Array, mask: jax.Array | None, K: jax.Array, *rest: Any) -> Any:
-    """general(x, mask, K, *rest), or, on the CPU, plain(...) where that is the same."""
-    return lax.platform_dependent(x, mask, K, *rest, cpu=partial(_where_plain, plain, general), default=general)
-
-
 def _where_plain(plain: Kernel, general: Kernel, x: jax.Array, mask: jax.Array | None, K: jax.Array, *rest: Any) -> Any:
-    """plain(x, mask, K, *rest) where every K is zero and no padding unreadable: then it may forget both."""
+    """plain(x, mask, K, *rest) where every K is zero and all padding readable, so that it need look at neither."""
     alike = jnp.all(K == 0)
     if mask is not None:
-        alike &= jnp.all(jnp.isfinite(_sum(_copies(x, K.dtype)[0], K)))
+        alike &= jnp.all(jnp.isfinite(_sum(_own(x.dtype != K.dtype, x)[0].astype(K.dtype), K)))
     return lax.cond(alike, plain, general, x, mask, K, *rest)
 
 
-def _copies(x: jax.Array, dtype: jax.typing.DTypeLike, shared: bool = False) -> tuple[jax.Array, jax.Array]:
-    """x two times in `dtype`: behind one barrier and behind two, so that XLA does not make one array of them.
-
-    One conversion for two sums would be written to memory, in float32; one for each becomes part of its sum.
-    """
-    if x.dtype == dtype and not shared:
-        return x, x
-    once = lax.optimization_barrier(x)
-    return once.astype(dtype), lax.optimization_barrier(once).astype(dtype)
+def _own(number: int, *arrays: Any) -> tuple[Any, ...]:
+    """Copies of the arrays, for the sum of that number: the same arrays behind so many barriers."""
+    for _ in range(number):
+        arrays = lax.optimization_barrier(arrays)
+    return arrays
 
 
 def _sum(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -67,24 +58,35 @@ def weight_sum(x: jax.Array, weights: jax.Array, layout: Layout, dtype: jax.typi
 
 def row_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Σw(x − K) and Σw(x − K)², of the shape of K."""
-    return _if_plain(_plain_sums, _general_sums, x, weights, K)
+    general = _general_sums if weights is not None else _apart_sums
+    on_cpu = partial(_where_plain, _plain_sums, general)
+    return lax.platform_dependent(x, weights, K, cpu=on_cpu, default=_general_sums)
 
 
 def _general_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
-    centred = x.astype(K.dtype) - K
     if weights is None:
+        centred = x.astype(K.dtype) - K
         return _sum(centred, K), _sum(centred * centred, K)
-    centred = jnp.where(weights > 0, centred, 0)  # NaN at weight 0 takes no part
+    centred = jnp.where(weights > 0, x.astype(K.dtype) - K, 0)  # NaN at weight 0 takes no part
     weighted = centred if weights.dtype == bool else weights.astype(K.dtype) * centred
     return _sum(weighted, K), _sum(weighted * centred, K)
 
 
+def _apart_sums(x: jax.Array, _: None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """On the CPU: the same without weights."""
+    once, twice = (x.astype(K.dtype) - K for x, K in (_own(1, x, K), _own(2, x, K)))
+    return _sum(once, K), _sum(twice * twice, K)
+
+
 def _plain_sums(x: jax.Array, weights: jax.Array | None, K: jax.Array) -> tuple[jax.Array, jax.Array]:
-    once, twice = _copies(x, K.dtype, shared=weights is not None)
+    """On the CPU: Σwx and Σwx². Of a product of two alone XLA would make a product of matrices, which is slower."""
     if weights is None:
+        once, twice = (_own(i * (x.dtype != K.dtype), x)[0].astype(K.dtype) for i in (1, 2))
         return _sum(once, K), _sum(twice * twice, K)
-    w, v = _copies(weights.astype(K.dtype), K.dtype, shared=True)
-    return _sum(w * once, K), _sum(v * twice * twice, K)
+    x1, w1, one = _own(1, x, weights.astype(K.dtype), jnp.ones_like(K))
+    x2, w2 = _own(2, x, weights.astype(K.dtype))
+    once, twice = x1.astype(K.dtype), x2.astype(K.dtype)
+    return _sum(w1 * once * one, K), _sum(w2 * twice * twice, K)
 
 
 def scaled_row_sums(
@@ -146,7 +148,8 @@ def tangent_affine(
     rest = (t_a, t_c, *mean, *(t * a for t in t_mean))
 
     def on_cpu(x: jax.Array, mask: jax.Array | None, K: jax.Array, t_x: jax.Array, *rest: jax.Array) -> jax.Array:
-        plain, general = (recompute(partial(kernel, dtype)) for kernel in (_plain_affine, _general_affine))
+        kernels = _plain_affine, _general_affine if mask is not None else _apart_affine
+        plain, general = (recompute(partial(kernel, dtype)) for kernel in kernels)
         return (_read(t_x, x, mask) * a).astype(dtype) + _where_plain(plain, general, x, mask, K, *rest)
 
     def elsewhere(x: jax.Array, mask: jax.Array | None, K: jax.Array, t_x: jax.Array, *rest: jax.Array) -> jax.Array:
@@ -155,21 +158,32 @@ def tangent_affine(
     return lax.platform_dependent(x, mask, K, t_x, *rest, cpu=on_cpu, default=elsewhere)
 
 
-def _plain_affine(
-    dtype: np.dtype, x: jax.Array, mask: jax.Array | None, K: jax.Array, a: jax.Array, c: jax.Array, *_: jax.Array
+def _plain_affine(dtype: np.dtype, x: jax.Array, mask: jax.Array | None, K: jax.Array, *rest: jax.Array) -> jax.Array:
+    """On the CPU: x·a + c."""
+    return _apart_affine(dtype, x, mask, None, *rest)
+
+
+def _apart_affine(
+    dtype: np.dtype,
+    x: jax.Array,
+    mask: jax.Array | None,
+    K: jax.Array | None,
+    a: jax.Array,
+    c: jax.Array,
+    *_: jax.Array,
 ) -> jax.Array:
-    """x·a + c, and each term by itself in a lower dtype, so that dy, the derivative of both, is converted twice."""
-    x, c = _copies(x, K.dtype)[0], jnp.broadcast_to(c, x.shape)
-    if dtype == K.dtype:
-        return x * a + c
-    once, twice = (x * a).astype(dtype), lax.optimization_barrier(c.astype(dtype))
-    return lax.optimization_barrier(once) + lax.optimization_barrier(twice)
+    """On the CPU: (x − K)·a + c; in a lower dtype each term by itself, so that dy is converted for each by itself."""
+    (x,), c = _own(x.dtype != a.dtype, x), jnp.broadcast_to(c, x.shape)
+    product = (x.astype(a.dtype) if K is None else x.astype(a.dtype) - K) * a
+    if dtype == a.dtype:
+        return product + c
+    return _own(1, product.astype(dtype))[0] + _own(2, c.astype(dtype))[0]
 
 
 def _general_affine(
     dtype: np.dtype, x: jax.Array, mask: jax.Array | None, K: jax.Array, a: jax.Array, c: jax.Array, *mean: jax.Array
 ) -> jax.Array:
-    """(x − K)·a + c; of the mean and its tangent times a, unreadable padding is read as the one and adds the other."""
+    """(x − K)·a + c; unreadable padding is read as the mean, and adds what follows it, the mean's tangent times a."""
     y = affine(readable(x, mask, *mean[:1]), K, a, c)
     return (y if mask is None else jnp.where(_is_readable(x, mask), y, y + mean[1])).astype(dtype)
 
