@@ -13,7 +13,7 @@ import pytest
 
 import bnjax
 import naive
-from cases import CASES, assert_close
+from cases import CASES, assert_close, by_name, tolerance, unit
 
 # bfloat16 and float16 differ from float32 in the casts alone, and float64 is what tells right from wrong here.
 EXACT = [c for c in CASES if c.dtype == "float32" and c.rows < 1000]
@@ -97,6 +97,38 @@ def test_finite_differences(case):
     difference = (along(step) - along(-step)) / (2 * step)
     slope = jax.jvp(along, (0.0,), (1.0,))[1]
     assert_close(slope, difference, 1e-6, 1 + np.sum(np.abs(h)))  # step² for the cubic term, 1e-16·Σ|y·h|/step
+
+
+SOME = [by_name(name) for name in ("image", "masked_rows", "masked_positions", "float_weights", "nan_padding")]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("distance", [0.0, 0.7])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_dtypes_and_pivots(case, distance, dtype):
+    """Where dtypes, pivots and masks take ways of their own through the passes; both modes."""
+    (x, scale, bias), h, _, textbook = _setup(case)
+    x, h = x.astype(dtype), h.astype(dtype)
+    pivot = jnp.full(case.feature_shape, distance)
+    vectors = (v.astype(jnp.promote_types(dtype, jnp.float32)) for v in (scale, bias))
+    args, exact = (x, *vectors), (x.astype(jnp.float64), scale, bias)
+
+    def ours(x, scale, bias):
+        options = dict(axis=case.axis, mask=case.arrays()[-1], pivot=pivot, dtype=x.dtype)
+        return bnjax.batch_norm(x, scale, bias, **options)[0]
+
+    reverse = jax.jit(lambda h, *args: jax.vjp(ours, *args)[1](h))(h, *args)
+    wanted = jax.vjp(textbook, *exact)[1](h.astype(jnp.float64))
+    rough = max(2 * unit(dtype), TOLERANCE)  # dx is rounded with one more digit and then without it; one unit is 2⁻⁹
+    assert_close(reverse[0], wanted[0], rough, 1 + np.max(np.abs(wanted[0])))
+    sums = max(tolerance(case), TOLERANCE) if dtype != "float64" else TOLERANCE
+    for actual, want in zip(reverse[1:], wanted[1:], strict=True):
+        assert_close(actual, want, sums, np.sum(np.abs(h.astype(jnp.float64))))
+
+    t_x = jnp.where(jnp.isfinite(x), jnp.cos(h), 0).astype(dtype)
+    _, forward = jax.jit(partial(jax.jvp, ours))(args, (t_x, *args[1:]))
+    _, want = jax.jvp(textbook, exact, (t_x.astype(jnp.float64), scale, bias))
+    assert_close(forward, want, 2 * rough, 1 + np.max(np.abs(want)))  # on the CPU each of three terms is rounded
 
 
 @pytest.mark.parametrize("pivoted", [False, True])

@@ -126,7 +126,7 @@ def naive(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def module(kind: Any, mean: float, x: jax.Array, dy: jax.Array) -> Any:
-    """A whole layer of a library; its running mean is so many standard deviations away: up to 2 count as none, 4 are far."""
+    """A layer of a library, whose running mean is so many standard deviations away: up to 2 count as none, 4 as far."""
     ones = jnp.ones(x.shape[-1])
     layer, stats = kind(use_running_average=False, dtype=x.dtype), dict(mean=mean * ones, var=ones)
 
