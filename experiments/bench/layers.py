@@ -150,7 +150,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.axhline(1, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", yscale="log", xlabel="activation, millions of bytes in float32", title=dtype)
         axes.set_ylabel("forward + backward, times of the floor")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small", ncols=2)
     figure.savefig(file, dpi=120)
 
 
