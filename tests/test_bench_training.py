@@ -45,23 +45,20 @@ def test_a_step_is_the_same_step(name, after):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * max(1, np.max(np.abs(b))))
 
 
-def test_so_it_is_in_torch(nets, after):
-    """In both layouts; where PyTorch is not installed, as in the benchmark, there is nothing to compare."""
-    for name in training_steps.TORCH if find_spec("torch") else ():
-        _is_the_same_in_torch(name, nets, after)
+if find_spec("torch"):  # an extra of its own, which the benchmark too can do without
 
-
-def _is_the_same_in_torch(name, nets, after):
-    net = resnet20.torch_resnet20(nets["bnjax"].params, blocks=1)
-    loss = training_steps.torch_run(net, name, BATCH, jnp.float64)()
-    params, _, _, (wanted,) = after["bnjax"]
-    assert abs(loss - float(wanted)) < 1e-11
-    with jax.enable_x64(True):
-        tree = jax.tree.map(np.asarray, jax.tree.unflatten(jax.tree.structure(nets["bnjax"].params), params))
-    for parameter, value in net.named_parameters():
-        np.testing.assert_allclose(
-            value.detach().numpy(), resnet20._torch_parameter(tree, parameter), rtol=0, atol=1e-11, err_msg=parameter
-        )
+    @pytest.mark.parametrize("name", training_steps.TORCH)
+    def test_so_it_is_in_torch(name, nets, after):
+        """In both layouts."""
+        net = resnet20.torch_resnet20(nets["bnjax"].params, blocks=1)
+        loss = training_steps.torch_run(net, name, BATCH, jnp.float64)()
+        params, _, _, (wanted,) = after["bnjax"]
+        assert abs(loss - float(wanted)) < 1e-11
+        with jax.enable_x64(True):
+            tree = jax.tree.map(np.asarray, jax.tree.unflatten(jax.tree.structure(nets["bnjax"].params), params))
+        for parameter, value in net.named_parameters():
+            want = resnet20._torch_parameter(tree, parameter)
+            np.testing.assert_allclose(value.detach().numpy(), want, rtol=0, atol=1e-11, err_msg=parameter)
 
 
 def test_the_step_that_is_timed_is_compiled_and_donates():
