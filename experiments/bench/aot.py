@@ -3,7 +3,7 @@
 Claim:    A layer with ReLU moves 7 activations on TPU v5e and H100, flax.linen 7 and 10, its accurate mode 9 and 12.
 Command:  python -m experiments.bench.aot                # pip install "bnjax[aot]"; --quick takes 15 s
 Hardware: any; the programs are compiled, not run
-Time:     10 min on 2 CPU cores
+Time:     25 min on 2 CPU cores, most of it ResNet-50
 
 Everything is data-parallel under plain jit, in bfloat16. Traffic is what the optimised program reads and writes in main
 memory, per chip and in units of the input's size (of ResNet-50: in gigabytes); the branches that a steady state does
