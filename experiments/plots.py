@@ -3,16 +3,20 @@
 `python -m experiments.plots METRICS.jsonl CURVES.png` draws them again.
 """
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.records import Line, read_lines
 
 SMOOTHING = 1 / 40  # of the run: the window of the moving average
+LEGEND = 6  # layers that a legend can name
 
 
 def draw(lines: list[Line], png: Path) -> None:
@@ -47,12 +51,21 @@ def draw_metric(axes: Axes, train: list[Line], test: list[Line], name: str, labe
 
 
 def draw_drift(axes: Axes, train: list[Line], moment: str, heading: str, label: str) -> None:
-    """One curve per layer."""
-    for index, layer in enumerate(train[0].get("drift", ()) if train else ()):
+    """One curve per layer; of a deep network from dark to bright, and the legend has three of them."""
+    layers = sorted(train[0].get("drift", ()) if train else (), key=in_order)
+    deep = len(layers) > LEGEND
+    named = {layers[0], layers[len(layers) // 2], layers[-1]} if deep else set(layers)
+    for index, layer in enumerate(layers):
         drift = np.array([line["drift"][layer][moment] for line in train], float)
-        draw_smooth(axes, steps(train), drift, layer, f"C{index}")
+        color = colormaps["viridis"](index / (len(layers) - 1)) if deep else f"C{index}"
+        draw_smooth(axes, steps(train), drift, layer if layer in named else None, color)
     axes.set_yscale("log")
     finish(axes, heading, label)
+
+
+def in_order(layer: str) -> list[str | int]:
+    """BatchNorm_2 before BatchNorm_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", layer)]
 
 
 def finish(axes: Axes, heading: str, label: str) -> None:
@@ -64,7 +77,7 @@ def finish(axes: Axes, heading: str, label: str) -> None:
         axes.legend(frameon=False)
 
 
-def draw_smooth(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str) -> None:
+def draw_smooth(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: Any) -> None:
     """The moving average of `y`, with `y` itself faint behind it."""
     if not len(y):
         return
