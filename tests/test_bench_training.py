@@ -37,6 +37,7 @@ def after(nets):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*training_steps.LINEN, *training_steps.NNX])
 def test_a_step_is_the_same_step(name, after):
     """Loss, gradients (the momentum is one, then), running averages; float64 loses four digits on the way."""
@@ -47,6 +48,7 @@ def test_a_step_is_the_same_step(name, after):
 
 if find_spec("torch"):  # an extra of its own, which the benchmark too can do without
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", training_steps.TORCH)
     def test_so_it_is_in_torch(name, nets, after):
         """In both layouts."""
@@ -61,6 +63,7 @@ if find_spec("torch"):  # an extra of its own, which the benchmark too can do wi
             np.testing.assert_allclose(value.detach().numpy(), want, rtol=0, atol=1e-11, err_msg=parameter)
 
 
+@pytest.mark.slow
 def test_the_step_that_is_timed_is_compiled_and_donates():
     net = training_steps.jax_nets("resnet20", BATCH.images, jnp.float32, blocks=1)["bnjax"]
     executable, *seconds = training_steps.compiled(net, BATCH)
