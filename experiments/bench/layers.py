@@ -1,7 +1,7 @@
 """One layer on the CPU, by the clock: every library's batch normalization beside a floor of plain passes over memory.
 
 Claim:    Training at 8 MB and more, the inexact layers of other JAX libraries take 1.4 times as long in float32 and
-          2 to 12 times in bfloat16 (medians); padded batches take 1.2 times as long as whole ones.
+          3 to 12 times in bfloat16 (medians); padded batches take 1.2 times as long as whole ones.
 Command:  python -m experiments.bench.layers             # --quick takes less than a minute
 Hardware: 2 CPU cores, nothing else running
 Time:     9 min
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -167,26 +167,32 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
 
 
+def shown(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """All rows, each printed as it comes: what these keys say, its time and how it compares."""
+    kept = []
+    for row in rows:
+        what = " ".join(f"{row[name]!s:26s}" for name in names)
+        time = f"{row['milliseconds']:9.3f} ms ± {row['spread']:4.0%}  {row['over_floor']:6.2f} of the floor"
+        print(f"{what} {time}", flush=True)
+        kept.append(row)
+    return kept
+
+
+def keep(rows: list[dict[str, Any]], out: Path, name: str, heading: str, text: str) -> None:
+    """Writes the rows as JSON lines behind the versions, and a page with the same versions."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = versions()
+    made = ", ".join(f"{package} {version}" for package, version in about.items())
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
+    (out / f"{name}.md").write_text(f"# {heading}\n\nMade by `python -m experiments.bench.{name}` with {made}. {text}")
+
+
 def main(config: Config) -> None:
-    rows = []
-    for row in measure(config):
-        rows.append(row)
-        print(
-            f"{row['mode']:26s} {row['dtype']:8s} {row['shape']:23s} {row['peer']:21s} {row['milliseconds']:9.3f} ms "
-            f"± {row['spread']:4.0%}  {row['over_floor']:6.2f} of the floor",
-            flush=True,
-        )
+    rows = shown(measure(config), "mode", "dtype", "shape", "peer")
     print("\n" + summary(rows))
     if config.quick or config.shapes:
         return
-    config.out.mkdir(parents=True, exist_ok=True)
-    about = versions()
-    made = ", ".join(f"{name} {version}" for name, version in about.items())
-    (config.out / "layers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
-    title = (
-        f"# One layer on the CPU\n\nMade by `python -m experiments.bench.layers` with {made}. Times of the floor.\n\n"
-    )
-    (config.out / "layers.md").write_text(title + summary(rows))
+    keep(rows, config.out, "layers", "One layer on the CPU", f"Times of the floor.\n\n{summary(rows)}")
     draw(rows, config.out / "layers.png")
 
 

@@ -11,7 +11,6 @@ passes are the bytes that XLA counts, in activations.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -212,22 +211,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(config: Config) -> None:
-    rows = []
-    for row in measure(config):
-        rows.append(row)
-        print(
-            f"{row['shape']!s:18s} {row['dtype']:8s} {row['tried']:28s} {row['milliseconds']:9.3f} ms "
-            f"± {row['spread']:4.0%}  {row['over_floor']:6.2f} of the floor, {row['passes']:5.1f} passes",
-            flush=True,
-        )
+    rows = layers.shown(measure(config), "shape", "dtype", "tried")
     print("\n" + table(rows))
-    if config.quick:
-        return
-    config.out.mkdir(parents=True, exist_ok=True)
-    lines = [layers.versions(), *rows]
-    (config.out / "tried.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    title = "# Formulations of one layer on the CPU\n\nMade by `python -m experiments.bench.tried`. Times of the floor"
-    (config.out / "tried.md").write_text(f"{title} (passes over the activation, by XLA's count).\n\n{table(rows)}")
+    if not config.quick:
+        text = f"Times of the floor (passes over the activation, by XLA's count).\n\n{table(rows)}"
+        layers.keep(rows, config.out, "tried", "Formulations of one layer on the CPU", text)
 
 
 if __name__ == "__main__":
