@@ -3,13 +3,17 @@
 from bnjax import functional as functional
 from bnjax import linen as linen
 from bnjax import nnx as nnx
+
 from bnjax import tools as tools
 from bnjax.functional import Moments as Moments
+from bnjax.functional import Normalization as Normalization
 from bnjax.functional import OneRowWarning as OneRowWarning
 from bnjax.functional import RecentStats as RecentStats
 from bnjax.functional import RunningStats as RunningStats
+from bnjax.functional import Step as Step
 from bnjax.functional import batch_moments as batch_moments
 from bnjax.functional import batch_norm as batch_norm
+from bnjax.functional import batch_norm_step as batch_norm_step
 from bnjax.functional import batch_renorm as batch_renorm
 from bnjax.functional import frozen_batch_norm as frozen_batch_norm
 from bnjax.functional import ghost_batch_norm as ghost_batch_norm

@@ -15,6 +15,7 @@ from bnjax.functional._moving_average_batch_norm import moving_average_batch_nor
 from bnjax.functional._normalize import normalize as normalize
 from bnjax.functional._one_row import OneRowWarning as OneRowWarning
 from bnjax.functional._power_norm import power_norm as power_norm
+from bnjax.functional._protocol import Normalization as Normalization
 from bnjax.functional._running import RunningStats as RunningStats
 from bnjax.functional._running import update_running as update_running
 from bnjax.functional._shuffle import shuffle as shuffle
@@ -22,3 +23,5 @@ from bnjax.functional._shuffle import unshuffle as unshuffle
 from bnjax.functional._split_batch_norm import split_batch_norm as split_batch_norm
 from bnjax.functional._split_batch_norm import split_normalize as split_normalize
 from bnjax.functional._split_batch_norm import update_split_running as update_split_running
+from bnjax.functional._step import Step as Step
+from bnjax.functional._step import batch_norm_step as batch_norm_step

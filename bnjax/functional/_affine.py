@@ -1,11 +1,12 @@
-"""Scale and bias of a layer: its own or given at the call, per channel or different from example to example.
+"""Scale and bias of a layer, per channel or different from example to example.
 
     y = xhat·(offset + scale) + bias
 
-Per channel they belong into the core, whose derivative knows them; per example they can only follow it.
+Per-channel scale and bias are fused into the normalization and its derivative; per-example ones are applied afterwards
+as ordinary operations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,9 @@ import numpy as np
 
 from bnjax.functional import _axes
 
-Initializer = Callable[..., Any]
-
 
 class Affine(NamedTuple):
-    """Scale and bias, and where they are applied: pass `core` to the normalisation and its y to `finish`."""
+    """Holds scale and bias and where they are applied: pass `core` to the normalization and its y to `finish`."""
 
     scale: jax.Array | None  # per channel [C]; else broadcastable to x
     bias: jax.Array | None
@@ -27,16 +26,17 @@ class Affine(NamedTuple):
 
     @property
     def core(self) -> dict[str, Any]:
-        """The arguments of `batch_norm` and `normalize`; an xhat that is not finished yet is not rounded down."""
+        """Returns arguments of `batch_norm` and `normalize`; xhat is not rounded where `finish` has work left."""
         if self.per_channel:
             return dict(scale=self.scale, bias=self.bias, dtype=self.dtype)
-        return dict(dtype=jnp.promote_types(self.dtype, jnp.float32))
+        return dict(scale=None, bias=None, dtype=_axes.statistics_dtype(jnp.empty((), self.dtype)))
 
     def finish(self, y: jax.Array) -> jax.Array:
+        """Applies what the core did not: scale and bias that differ from example to example."""
         if self.per_channel:
             return y
-        y = y if self.scale is None else y * self.scale
-        y = y if self.bias is None else y + self.bias
+        y = y if self.scale is None else y * self.scale.astype(y.dtype)
+        y = y if self.bias is None else y + self.bias.astype(y.dtype)
         return y.astype(self.dtype)
 
 
@@ -49,7 +49,7 @@ def affine_of(
     offset: float = 0.0,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Affine:
-    """The affine part of a normalisation of x.
+    """Checks scale and bias against x.
 
     Args:
       x: `[..., C]`.
@@ -71,23 +71,6 @@ def affine_of(
     if not per_channel:
         scale, bias = (v if v is None or v.ndim == x.ndim else layout.expand(v) for v in (scale, bias))
     return Affine(scale, bias, per_channel, dtype)
-
-
-def own_or_given(name: str, own: jax.Array | None, given: jax.Array | None) -> jax.Array | None:
-    """The parameter, or the argument of the call in its place; a parameter that would have no effect is refused."""
-    if own is not None and given is not None:
-        raise ValueError(
-            f"{name} was given at the call, and the layer has one of its own, which would have no effect: "
-            f"construct the layer with use_{name}=False."
-        )
-    return own if given is None else given
-
-
-def offset_init(scale_init: Initializer, offset: float) -> Initializer:
-    """The initializer of a variable that `offset` is added to, so that the sum starts as `scale_init` says."""
-    if not offset:
-        return scale_init
-    return lambda *args, **options: scale_init(*args, **options) - offset
 
 
 def _fitting(name: str, v: jax.Array | None, x: jax.Array, layout: _axes.Layout) -> jax.Array | None:

@@ -174,6 +174,13 @@ def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
     return jnp.where((mask >= 0) & (mask < jnp.inf), mask, jnp.nan).reshape(shape)
 
 
+def as_weights(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Returns a checked mask as the weights of sums: bool as it is, else in the dtype of the statistics."""
+    if mask is None or mask.dtype == bool:
+        return mask
+    return mask.astype(jnp.finfo(statistics_dtype(x)).dtype)
+
+
 def as_number(name: str, value: Any, least: float, most: float = math.inf, advice: str = "") -> float:
     """An option as a float; raises unless it is one number, known when the call is traced, finite and in the range."""
     if isinstance(value, jax.core.Tracer):
@@ -187,6 +194,19 @@ def as_number(name: str, value: Any, least: float, most: float = math.inf, advic
     if not (least <= number <= most and math.isfinite(number)):
         raise ValueError(f"{name} must be finite and in [{least:g}, {most:g}]; got {value!r}. {advice}")
     return number
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Returns an option as a bool; raises unless it is one, known when the call is traced."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be True or False when the call is traced; got a traced value. Pass it as a Python bool (a "
+            "keyword bound by functools.partial, or static_argnames of jax.jit), and trace each mode by itself."
+        )
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool):
+        return bool(value)
+    hint = " A number of channels is num_features, of bnjax.nnx.BatchNorm; bnjax.linen.BatchNorm reads it off x."
+    raise TypeError(f"{name} must be True or False; got {value!r}.{hint if isinstance(value, int) else ''}")
 
 
 def as_integer(name: str, value: Any, least: int) -> int:
@@ -224,13 +244,18 @@ def bounded_momentum(momentum: jax.Array) -> jax.Array:
 
 def statistics_dtype(*arrays: jax.Array | None) -> np.dtype:
     """The dtype of statistics: float32 at least, float64 if any of the arrays is."""
-    present = [a for a in arrays if a is not None]
-    return jnp.promote_types(jnp.result_type(*present), jnp.float32)
+    return _promoted(*arrays, jnp.float32)
+
+
+def _promoted(*arrays: Any) -> np.dtype:
+    """Returns the promotion of the arrays and dtypes that are given, by the standard rules under strict ones too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.dtype(jnp.result_type(*[a for a in arrays if a is not None]))
 
 
 def output_dtype(dtype: jax.typing.DTypeLike | None, *arrays: jax.Array | None) -> np.dtype:
     """`dtype`, or else the promotion of the arrays that are given (Flax's rule)."""
-    promoted = jnp.result_type(*[a for a in arrays if a is not None])
+    promoted = _promoted(*arrays)
     if dtype is None:
         return promoted
     of_complex = jnp.issubdtype(promoted, jnp.complexfloating)

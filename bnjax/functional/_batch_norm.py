@@ -1,24 +1,28 @@
-"""Batch normalization with the statistics of the batch: the training mode."""
+"""Batch normalization with the statistics of the batch: the training mode.
 
-from collections.abc import Sequence
+The story in three steps:
+
+1. The batch is measured (`_measure.py`), which no derivative sees: K, e = mean − K, var, rstd = 1/√(var + ε).
+2. With these constants x is standardised, z = (x − K)·rstd, and the plain formula of batch normalization is applied
+   to z, where every number is about 1 in size, whatever the size of x. JAX differentiates this formula; the values of
+   its mean and variance are replaced by the measured ones (`value_of`), which are more accurate.
+3. One checkpoint keeps x and the measured vectors for the backward pass and recomputes the rest.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from bnjax.functional import _axes, _collectives, _kernels
-from bnjax.functional._finish import Activation, as_activation, as_residual, finish, in_place_of
-from bnjax.functional._moments import (
-    Centred,
-    Moments,
-    Reduction,
-    centred_moments,
-    moments_of,
-    moments_tangent,
-    start_pivot,
-)
+from bnjax.functional import _axes, _collectives
+from bnjax.functional._derivative import value_of, widen
+from bnjax.functional._measure import Measured, Reduction, averages, measure, squared
+from bnjax.functional._moments import Moments, moments_of, scaled_rstd
 from bnjax.functional._one_row import warn_of_one_row
 
 # A variance below this part of epsilon changes nothing in y, so the guard need not sum again for it: a channel that is
@@ -34,12 +38,9 @@ def batch_norm(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
     mask: jax.Array | None = None,
-    pivot: jax.Array | None = None,
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises x by the mean and variance of its own batch, pooled over devices.
 
@@ -47,9 +48,8 @@ def batch_norm(
 
     with the moments of :func:`bnjax.batch_moments`. One all-reduce forward, one backward. Exact from the first batch:
     in float32 the variance is right to 1e-5 for \|mean\|/std up to 1e4 and more, values up to 1e30 are standardised, a
-    constant channel gives `bias`. A batch that lies more than 4 standard deviations from `pivot` costs one more read of
-    x and one more all-reduce; pass the running mean as pivot and only the first steps of a training run are such (where
-    a pivot counts, see :func:`bnjax.batch_moments`; elsewhere every step on such data).
+    constant channel gives `bias`. A batch with a channel that lies more than 4 standard deviations from zero costs one
+    more read of x and one more all-reduce.
 
     Args:
       x: `[..., C]`, any dtype. A complex x has a complex mean and the real variance E\|x − mean\|², as in Flax.
@@ -59,14 +59,10 @@ def batch_norm(
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part in
         the moments; their own output is the normalised value, and NaN or Inf there is read as the mean.
-      pivot: `[C]`, a guess of the mean; it changes the rounding and the time, not the value. See `batch_moments`.
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
         plain `jit`, where a sharded array is pooled over all its shards anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       dtype: of y; by default the promotion of x, scale and bias, as in Flax.
-      activation: a function of the output, such as `jax.nn.relu`; a hashable one, and the same object every time.
-      residual: of the shape of x, added before the activation: act(y + residual). The value, dtype and derivative are
-        those of the separate operations; the derivative keeps x and the residual, and neither y nor the sum.
 
     Returns:
       y, of the shape of x, and `Moments(mean, var, count)`, each `[C]` and float32 at least; both differentiable in x,
@@ -97,102 +93,78 @@ def batch_norm(
     x = _axes.as_input(x)
     layout = _axes.layout_of(x, axis)
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
-    mask = _axes.as_mask(mask, x)
-    scale, bias, pivot = (
-        _axes.as_optional(name, v, layout, x) for name, v in (("scale", scale), ("bias", bias), ("pivot", pivot))
-    )
+    weights = _axes.as_weights(_axes.as_mask(mask, x), x)
+    scale, bias = _axes.as_optional("scale", scale, layout, x), _axes.as_optional("bias", bias, layout, x)
     epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x))
-    activation, residual = as_activation(activation), as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
-    reduction = Reduction(layout, group, _FLOOR * epsilon)
     warn_of_one_row(x.shape, layout, group)
-    return _batch_norm(reduction, epsilon, dtype, activation, x, scale, bias, mask, pivot, residual)
+    return normalize_batch(Reduction(layout, group), epsilon, dtype, None, x, scale, bias, weights)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
-def _batch_norm(
+# What batch renormalization adds: from what was measured and further arrays, factor and shift of the standardised x.
+Correction = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for each shape, however many layers have it
+def normalize_batch(
     reduction: Reduction,
     epsilon: float,
     dtype: np.dtype,
-    activation: Activation,
+    correction: Correction | None,
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    mask: jax.Array | None,
-    pivot: jax.Array | None,
-    residual: jax.Array | None,
+    weights: jax.Array | None,
+    *others: Any,
 ) -> tuple[jax.Array, Moments]:
-    standardise = _standardised if jnp.iscomplexobj(x) else _standardise  # of complex x by autodiff of its moments
-    y, s = standardise(reduction, epsilon, dtype, x, scale, bias, mask, start_pivot(x, pivot, reduction.layout))
-    if activation is None:  # a sum keeps nothing for its derivative
-        return finish(y, residual, None), s.moments()
+    """Normalises checked arguments: y = (xhat·r + d)·scale + bias, with r = 1 and d = 0 without a correction.
 
-    @_kernels.recompute
-    def finished(y: jax.Array, x: jax.Array, vectors: Any, residual: jax.Array | None) -> jax.Array:
-        return finish(in_place_of(y, _affine(reduction, dtype, x, mask, *vectors)), residual, activation)
-
-    vectors = s, _coefficients(epsilon, x, mask, s, scale, bias)
-    return finished(y, x, vectors, residual), s.moments()
-
-
-def _standardised(
-    reduction: Reduction,
-    epsilon: float,
-    dtype: np.dtype,
-    x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    K: jax.Array,
-) -> tuple[jax.Array, Centred]:
-    """y = (x − K)·a + c with a = scale·rstd and c = bias − e·a, in the dtype of the statistics and rounded once."""
-    s = moments_of(reduction, x, mask, K)
-    return _affine(reduction, dtype, x, mask, s, _coefficients(epsilon, x, mask, s, scale, bias)), s
-
-
-_standardise = jax.custom_jvp(_standardised, nondiff_argnums=(0, 1, 2))
-
-
-def _affine(
-    reduction: Reduction,
-    dtype: np.dtype,
-    x: jax.Array,
-    mask: jax.Array | None,
-    s: Centred,
-    vectors: tuple[jax.Array, ...],
-) -> jax.Array:
-    """y from the coefficients of the next function."""
-    a, c, *mean = map(reduction.layout.expand, vectors)
-    return _kernels.affine(_kernels.readable(x, mask, *mean), reduction.layout.expand(s.pivot), a, c).astype(dtype)
-
-
-def _coefficients(
-    epsilon: float, x: jax.Array, mask: jax.Array | None, s: Centred, scale: jax.Array | None, bias: jax.Array | None
-) -> tuple[jax.Array, ...]:
-    """a and c of y = (x − K)·a + c; with a mask the mean too. All that meets x goes there together."""
-    a = s.rstd(epsilon) if scale is None else s.rstd(epsilon) * scale
-    c = -s.rest * a if bias is None else bias - s.rest * a
-    return _collectives.vary_together((a, c) if mask is None else (a, c, s.mean), x)
-
-
-@_standardise.defjvp
-def _standardise_jvp(
-    reduction: Reduction, epsilon: float, dtype: np.dtype, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[tuple[jax.Array, Centred], tuple[jax.Array, Centred]]:
-    """t_y = t_x·a + (x − K)·t_a + t_c: two products per position, all the rest gathered per channel in t_c.
-
-    The grouping is the speed. Transposed, it is one sum over dy and one over dy·(x − K), which travel together; spread
-    over the positions, as (t_x − t_mean)·a + (x − mean)·t_a + t_bias, the same derivative takes half as many passes
-    over memory again.
+    Args:
+      reduction: the rows that are pooled.
+      epsilon: added to the variance.
+      dtype: of y.
+      correction: called with the measured moments, 1/√(var + ε) and `others`; returns r and d, constants.
+      x: `[..., C]`.
+      scale, bias: `[C]` or None.
+      weights: as in `averages`.
+      others: further arrays for the correction.
     """
-    x, scale, bias, mask, K = primals
-    t_x, t_scale, t_bias = tangents[:3]
-    expand = reduction.layout.expand
-    s = centred_moments(reduction, x, mask, K)
-    t_x = _kernels.widened(t_x, K.dtype)
-    t_s = moments_tangent(reduction, x, mask, s, t_x)
-    vectors = jax.jvp(partial(_coefficients, epsilon, x, mask), (s, scale, bias), (t_s, t_scale, t_bias))
-    (a, c, *mean), tangents = (tuple(map(expand, v)) for v in vectors)
-    K = expand(s.pivot)
-    y = _kernels.affine(_kernels.readable(x, mask, *mean), K, a, c).astype(dtype)
-    return (y, s), (_kernels.tangent_affine(dtype, x, mask, (K, a, *mean), t_x, tangents), t_s)
+    expand, wide_dtype = reduction.layout.expand, _axes.statistics_dtype(x, scale, bias)
+
+    @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("measured"))
+    def layer(
+        x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, weights: jax.Array | None, others: Any
+    ) -> tuple[jax.Array, Moments]:
+        batch, rstd = _measure_and_keep(epsilon, x, weights, reduction)
+        offset = batch.e / batch.unit
+        wide = widen(x)
+        if (
+            weights is not None
+        ):  # unreadable padding is read as the mean, so that neither it nor its derivative gets out
+            wide = jnp.where((weights > 0) | jnp.isfinite(wide), wide, expand(batch.K + offset))
+        z = (wide - expand(batch.K)) * expand(rstd)
+        mean, square, _ = averages(z, weights, reduction)
+        var = square - squared(mean)
+        mean_z = value_of(offset * rstd, mean)
+        a = value_of(jnp.ones_like(var), lax.rsqrt(var + epsilon * squared(rstd)))  # var + ε·rstd² is 1 by measurement
+        b = None if bias is None else _collectives.match(bias.astype(wide_dtype), mean)
+        s = None if scale is None else _collectives.match(scale.astype(wide_dtype), mean)
+        if correction is not None:
+            r, d = lax.stop_gradient(correction(batch, rstd, *others))
+            shift = d if s is None else d * s
+            s, b = r if s is None else r * s, shift if b is None else shift + b
+        a = a if s is None else a * s
+        c = -mean_z * a if b is None else b - mean_z * a
+        a, c = _collectives.vary_together((a, c), x)
+        return (z * expand(a) + expand(c)).astype(dtype), moments_of(batch, rstd, mean, var)
+
+    return layer(x, scale, bias, weights, others)
+
+
+def _measure_and_keep(
+    epsilon: float, x: jax.Array, weights: jax.Array | None, reduction: Reduction
+) -> tuple[Measured, jax.Array]:
+    """Measures a batch for a normalization with this epsilon: the moments and 1/√(var + ε), kept for its derivative."""
+    batch = measure(x, weights, reduction, _FLOOR * epsilon)
+    vectors, rstd = checkpoint_name((batch._replace(count=None), scaled_rstd(batch, epsilon)), "measured")
+    return vectors._replace(count=batch.count), rstd

@@ -1,19 +1,17 @@
 """Batch renormalization: normalised by the batch, then moved to where the running averages would have put it."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bnjax.functional import _axes, _collectives
-from bnjax.functional._batch_norm import _FLOOR as FLOOR
-from bnjax.functional._batch_norm import batch_norm
-from bnjax.functional._finish import Activation, as_residual
-from bnjax.functional._moments import Centred, Moments, Reduction, centred_moments, start_pivot
+from bnjax.functional._batch_norm import normalize_batch
+from bnjax.functional._measure import Measured, Reduction
+from bnjax.functional._moments import Moments
+from bnjax.functional._protocol import Normalization
 from bnjax.functional._running import RunningStats
 
 Limit = jax.Array | float | Callable[[jax.Array], jax.Array]  # a number, or a function from the step to it
@@ -87,8 +85,6 @@ def batch_renorm(
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises x by its own batch, corrected towards the running averages: training as evaluation will be.
 
@@ -115,7 +111,6 @@ def batch_renorm(
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       dtype: of y; by default the promotion of x, scale and bias.
-      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
 
     Returns:
       y, of the shape of x, and the `Moments` of the batch, each `[C]`, for the running averages.
@@ -144,60 +139,50 @@ def batch_renorm(
     layout = _axes.layout_of(x, axis)
     _check_limits(r_max, d_max)
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
-    reduction = Reduction(layout, group, FLOOR * _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)))
+    epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x))
     running = RunningStats(_axes.as_vector("mean", mean, layout), _axes.as_variance(var, layout))
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
-    arrays = dict(x=x, mask=_axes.as_mask(mask, x), residual=as_residual(residual, x))
-    return _batch_renorm(reduction, float(epsilon), dtype, activation, arrays, running, scale, bias, r_max, d_max)
+    weights = _axes.as_weights(_axes.as_mask(mask, x), x)
+    static = Reduction(layout, group), epsilon, dtype, _Correction(epsilon)
+    return normalize_batch(*static, x, scale, bias, weights, running, r_max, d_max)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
-def _batch_renorm(
-    reduction: Reduction,
-    epsilon: float,
-    dtype: np.dtype,
-    activation: Activation,
-    arrays: dict[str, Any],
-    running: RunningStats,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    r_max: jax.Array | float,
-    d_max: jax.Array | float,
-) -> tuple[jax.Array, Moments]:
-    """Moments, r and d, and batch normalization by scale·r and bias + scale·d.
+class Renorm(Normalization):
+    """Says what a BatchRenorm computes; a module adds the two fields."""
 
-    The moments are the very computation that `batch_norm` begins with, reduction, mask, pivot and all, so that XLA
-    finds one where two are written: the reads of x and the all-reduces are those of batch normalization.
-    """
-    layout, group, _ = reduction
-    x, pivot = lax.stop_gradient(arrays["x"]), running.pivot
-    weights = _axes.as_mask(arrays["mask"], x)
-    batch = centred_moments(reduction, x, weights, start_pivot(x, pivot, layout))
-    r, d = lax.stop_gradient(_corrections(batch, running, epsilon, r_max, d_max))
-    shift = d if scale is None else d * scale
-    return batch_norm(
-        scale=r if scale is None else r * scale,
-        bias=shift if bias is None else shift + bias,
-        pivot=pivot,
-        axis=layout.features,
-        epsilon=epsilon,
-        axis_name=group.names,
-        axis_index_groups=group.index_groups,
-        dtype=dtype,
-        activation=activation,
-        **arrays,
-    )
+    r_max: Limit
+    d_max: Limit
+
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises x by its batch, corrected towards the running averages, with the limits of this step."""
+        r_max, d_max = limit_at(self.r_max, running.steps), limit_at(self.d_max, running.steps)
+        return batch_renorm(x, running.mean, running.var, r_max=r_max, d_max=d_max, **options)
+
+    averaged_moments = Normalization.averaged_moments
+
+    def counts_steps(self) -> bool:
+        """Returns whether a limit or an average depends on the step."""
+        return callable(self.r_max) or callable(self.d_max) or super().counts_steps()
 
 
-def _corrections(
-    batch: Centred, running: RunningStats, epsilon: float, r_max: jax.Array | float, d_max: jax.Array | float
-) -> tuple[jax.Array, jax.Array]:
-    """r and d, clipped. Neither overflows where the batch's variance does: σ_B is taken as 1/rstd."""
-    sigma = jnp.sqrt(running.var + epsilon)
-    r = 1 / (batch.rstd(epsilon) * sigma)
-    d = ((batch.pivot - running.mean) + batch.rest) / sigma
-    return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
+class _Correction(NamedTuple):
+    """Computes r and d, clipped. Neither overflows where the batch's variance does: σ_B is taken as 1/rstd."""
+
+    epsilon: float
+
+    def __call__(
+        self,
+        batch: Measured,
+        rstd: jax.Array,
+        running: RunningStats,
+        r_max: jax.Array | float,
+        d_max: jax.Array | float,
+    ) -> tuple[jax.Array, jax.Array]:
+        sigma = jnp.sqrt(running.var.astype(rstd.dtype) + self.epsilon)
+        r = 1 / (rstd * sigma)
+        d = ((batch.K - running.mean.astype(rstd.dtype)) + batch.e / batch.unit) / sigma
+        return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
 
 
 def _check_limits(r_max: jax.Array | float, d_max: jax.Array | float) -> None:

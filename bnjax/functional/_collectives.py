@@ -80,6 +80,17 @@ def group_size(group: Group) -> int:
     return math.prod(lax.axis_size(name) for name in group.names)
 
 
+def pool_together(sums: Sequence[jax.Array], group: Group) -> Sequence[jax.Array]:
+    """Adds each of several per-channel sums over the group, in one all-reduce.
+
+    A real sum that travels with a complex one comes back real.
+    """
+    if not group.names:
+        return sums  # stacking them would cost compile time for nothing
+    pooled = pool(jnp.stack(sums), group)
+    return [p if jnp.iscomplexobj(s) else p.real for p, s in zip(pooled, sums, strict=True)]
+
+
 def pool(sums: jax.Array, group: Group) -> jax.Array:
     """Adds `sums` over the group in one all-reduce."""
     if not group.names:
@@ -110,27 +121,18 @@ def warn_if_local(running: jax.Array, batch: jax.Array, shape: tuple[int, ...]) 
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes over which x may differ from device to device; empty unless in shard_map(check_vma=True)."""
+    """Returns the mesh axes over which devices may hold different x; empty unless in shard_map(check_vma=True)."""
     return frozenset(jax.typeof(x).mat.varying)
 
 
-def is_shared(vector: jax.Array, x: jax.Array, group: Group) -> bool:
-    """Whether the type of `vector` says that all devices of the group hold the same, as that of x says it does not.
-
-    Only shard_map(check_vma=True) has such types. Elsewhere (pmap, vmap) equal values are a habit, not a fact: replicas
-    of running averages that have drifted apart would each subtract another pivot.
-    """
-    return set(group.names) <= varying(x) - varying(vector)
-
-
 def vary_like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """`vector`, typed as varying over every mesh axis that x varies over."""
+    """Returns `vector`, typed as varying over every mesh axis that x varies over."""
     missing = tuple(sorted(varying(x) - varying(vector)))
     return lax.pcast(vector, missing, to="varying") if missing else vector
 
 
 def match(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector` in the type of `like`, of the same shape: the mesh axes it varies over, or (Explicit) is cut over."""
+    """Returns `vector` in the type of `like`: varying, or with Explicit axes sharded, over the mesh axes of `like`."""
     sharding = jax.typeof(like).sharding
     if jax.typeof(vector).sharding.spec != sharding.spec:
         vector = jax.sharding.reshard(vector, sharding)
@@ -138,9 +140,10 @@ def match(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def vary_together(vectors: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-    """The same for several vectors of one shape and type, in one cast.
+    """Returns several vectors of one shape and type, typed as varying over every mesh axis that x varies over.
 
-    JAX would cast each where it first meets x; but the transpose of a cast is an all-reduce, and this makes it one.
+    JAX would cast each where it first meets x. The transpose of a cast is an all-reduce, and one cast of all makes it
+    one all-reduce.
     """
     if all(varying(x) <= varying(v) for v in vectors):
         return vectors

@@ -7,8 +7,9 @@ import jax
 from jax import lax
 
 from bnjax.functional import _axes
-from bnjax.functional._finish import Activation
 from bnjax.functional._normalize import normalize
+from bnjax.functional._protocol import Normalization
+from bnjax.functional._running import RunningStats
 
 
 def frozen_batch_norm(
@@ -22,15 +23,13 @@ def frozen_batch_norm(
     epsilon: float = 1e-5,
     mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> jax.Array:
     r"""Normalises x by given statistics, scale and bias, all of them constants to the derivative.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
     Args:
-      x: `[..., C]`, any real dtype.
+      x: `[..., C]`, any dtype.
       mean, var: `[C]`, the running averages of the pre-trained network.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
@@ -38,10 +37,9 @@ def frozen_batch_norm(
       epsilon: added to the variance; positive.
       mask: non-negative weights, broadcastable to x: where they are zero, NaN or Inf is read as the mean.
       dtype: of y; by default the promotion of x, scale and bias.
-      activation, residual: y = act(y + residual); see :func:`bnjax.normalize`.
 
     Returns:
-      y, of the shape of x; its derivative is that of x (and of the residual) alone.
+      y, of the shape of x; its derivative is that of x alone.
 
     Raises:
       ValueError, TypeError: as :func:`bnjax.normalize`.
@@ -61,7 +59,16 @@ def frozen_batch_norm(
     layout = _axes.layout_of(x, axis)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
     mean, var, scale, bias = lax.stop_gradient((mean, _axes.as_variance(var, layout), scale, bias))
-    options: dict[str, Any] = dict(
-        axis=axis, epsilon=epsilon, mask=mask, dtype=dtype, activation=activation, residual=residual
-    )
-    return normalize(x, mean, var, scale, bias, **options)
+    return normalize(x, mean, var, scale, bias, axis=axis, epsilon=epsilon, mask=mask, dtype=dtype)
+
+
+class Frozen(Normalization):
+    """Says what a FrozenBatchNorm computes: always by its running averages, which nothing changes."""
+
+    is_constant = True
+
+    def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        """Normalises x with statistics, scale and bias as constants of the derivative."""
+        return frozen_batch_norm(x, running.mean, running.var, **options)
+
+    evaluation_affine = Normalization.evaluation_affine

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._batch_norm import batch_norm
-from bnjax.functional._finish import Activation, as_residual
-from bnjax.functional._merge import pool_moments, squared
+from bnjax.functional._measure import squared
+from bnjax.functional._merge import pool_moments
 from bnjax.functional._moments import Moments
+from bnjax.functional._protocol import Normalization
+from bnjax.functional._running import RunningStats
 
 
 def ghost_batch_norm(
@@ -25,12 +27,9 @@ def ghost_batch_norm(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
     mask: jax.Array | None = None,
-    pivot: jax.Array | None = None,
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises each virtual batch, a slice of consecutive examples, by its own mean and variance.
 
@@ -56,12 +55,10 @@ def ghost_batch_norm(
       axis: the feature axis or axes; all others are reduced over.
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
-      pivot: `[C]`, a guess of the mean, equal on all devices; it changes the rounding, not the value.
       axis_name: name, or names, of the mapped axes over which the returned moments are those of all devices: two
         all-reduces of a few numbers per channel, for which y does not wait (:func:`bnjax.pool_moments`).
       axis_index_groups: groups of indices along `axis_name`, of one size, that share these moments.
       dtype: of y; by default the promotion of x, scale and bias.
-      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
 
     Returns:
       y, of the shape of x, and the `Moments` of all virtual batches together, each `[C]`: exactly those of the whole
@@ -90,11 +87,11 @@ def ghost_batch_norm(
     if not layout.rows:
         raise ValueError(f"x needs an axis to cut into virtual batches; got {x.shape} with axis={axis!r}.")
     _collectives.group_of(axis_name, axis_index_groups, x.shape)  # before the work, and says what x is
-    arrays = dict(x=x, mask=_axes.as_mask(mask, x), residual=as_residual(residual, x))
-    vectors = dict(scale=scale, bias=bias, pivot=pivot)
+    arrays = dict(x=x, mask=_axes.as_mask(mask, x))
+    vectors = dict(scale=scale, bias=bias)
     vectors = {name: _axes.as_optional(name, v, layout, x) for name, v in vectors.items()}
     dtype = _axes.output_dtype(dtype, x, vectors["scale"], vectors["bias"])
-    side_by_side = partial(_side_by_side, layout, epsilon=epsilon, dtype=dtype, activation=activation)
+    side_by_side = partial(_side_by_side, layout, epsilon=epsilon, dtype=dtype)
     parts, start, cut = [], 0, layout.rows[0]
     kinds = _sizes(x.shape[cut], virtual_batch_size, num_virtual_batches)
     _check_within_shards(x, cut, kinds)
@@ -107,6 +104,20 @@ def ghost_batch_norm(
     if axis_name is None:
         return y, moments
     return y, pool_moments(moments, axis_name=axis_name, axis_index_groups=axis_index_groups)
+
+
+class Ghost(Normalization):
+    """Says what a GhostBatchNorm computes; a module adds the two fields."""
+
+    virtual_batch_size: int | None
+    num_virtual_batches: int | None
+
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises each virtual batch by itself; the moments are those of all rows."""
+        options |= dict(virtual_batch_size=self.virtual_batch_size, num_virtual_batches=self.num_virtual_batches)
+        return ghost_batch_norm(x, **options)
+
+    averaged_moments = Normalization.averaged_moments
 
 
 def _sizes(examples: int, size: int | None, number: int | None) -> list[tuple[int, int]]:

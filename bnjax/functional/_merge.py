@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.functional import _axes, _collectives
+from bnjax.functional._measure import squared
 from bnjax.functional._moments import Moments
 
 
-def squared(z: jax.Array) -> jax.Array:
-    """|z|², real also of a complex z."""
-    return (z * z.conj()).real
-
-
 def merge_moments(first: Moments, *others: Moments) -> Moments:
-    r"""The moments of all the rows together, from those of disjoint parts; exact, and empty parts are neutral.
+    r"""Merges the moments of disjoint parts into those of all their rows; exact, and empty parts are neutral.
 
     .. math::
         n = \sum n_i, \qquad m = \frac1n \sum n_i m_i, \qquad
@@ -48,10 +44,12 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
 
 def _merge(p: Moments, q: Moments) -> Moments:
     count = p.count + q.count
-    share = jnp.where(q.count > 0, q.count / jnp.where(count > 0, count, 1), 0)
-    step = q.mean - p.mean  # the new mean is p.mean + share·step: no cancellation however far both lie from zero
-    mean = p.mean + share * step
-    var = (1 - share) * p.var + share * (q.var + (1 - share) * squared(step))
+    whole = jnp.where(count > 0, count, 1)
+    # Both shares are divided, for 1 - share would round a small one away; the mean starts from that of the larger part.
+    share_p, share_q = p.count / whole, q.count / whole
+    step = q.mean - p.mean
+    mean = jnp.where(p.count >= q.count, p.mean + share_q * step, q.mean - share_p * step)
+    var = share_p * p.var + share_q * q.var + share_p * share_q * squared(step)
 
     def pick(a: jax.Array, b: jax.Array, both: jax.Array) -> jax.Array:
         return jnp.where(q.count == 0, a, jnp.where(p.count == 0, b, both))
@@ -66,7 +64,7 @@ def pool_moments(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     copies: int = 1,
 ) -> Moments:
-    r"""The moments of all the rows of all devices, from those that each device has of its own; two all-reduces.
+    r"""Pools the moments that each device has of its own rows into those of all devices; two all-reduces.
 
     What :func:`merge_moments` gives for the devices' moments:
 
@@ -120,7 +118,9 @@ def moments_for_running(
     stats_axis_name: _collectives.AxisName,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Moments:
-    """The moments that a module's running averages follow: of whoever normalised together, or of everybody.
+    """Returns the moments for the running averages: those of the normalization group, or of all devices on some axes.
+
+    With `stats_axis_name` the running averages follow the rows of all devices on those axes.
 
     Args:
       moments: `Moments` that normalised the batch, each `[C]`.

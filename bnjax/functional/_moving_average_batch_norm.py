@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
-from bnjax.functional._finish import Activation, as_activation, as_residual
-from bnjax.functional._moments import Moments, Reduction
+from bnjax.functional._measure import Reduction
+from bnjax.functional._moments import Moments
 from bnjax.functional._second_moment import Operands, Scaling, estimated
 
 
@@ -68,8 +68,6 @@ def moving_average_batch_norm(
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises x by the quadratic mean of the last m batches; for batches of one or two examples.
 
@@ -105,7 +103,6 @@ def moving_average_batch_norm(
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       dtype: of y; by default the promotion of x, scale and bias.
-      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
 
     Returns:
       y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean 0, and var its quadratic mean;
@@ -142,15 +139,14 @@ def moving_average_batch_norm(
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     static = (
-        Reduction(layout, group, 0.0),
+        Reduction(layout, group),
         _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)),
         _axes.output_dtype(dtype, x, scale, bias),
-        as_activation(activation),
         _RecentProjections(_axes.as_integer("warmup", warmup, 0)),
         r_max,
     )
-    arrays = (x, _axes.as_mask(mask, x), scale, bias)
-    return _moving_average(static, arrays, _axes.as_variance(var, layout), recent, as_residual(residual, x))
+    arrays = (x, _axes.as_weights(_axes.as_mask(mask, x), x), scale, bias)
+    return _moving_average(static, arrays, _axes.as_variance(var, layout), recent)
 
 
 def _check_recent(recent: RecentStats, layout: _axes.Layout) -> None:
@@ -184,20 +180,19 @@ def average(buffer: jax.Array, steps: jax.Array) -> jax.Array:
     return buffer.sum(0) / jnp.clip(steps, 1, len(buffer))
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(jax.jit, static_argnums=0)
 def _moving_average(
-    static: tuple[Reduction, float, jnp.dtype, Activation, _RecentProjections, float],
+    static: tuple[Reduction, float, jnp.dtype, _RecentProjections, float],
     arrays: tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None],
     var: jax.Array,
     recent: RecentStats | None,
-    residual: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
-    reduction, epsilon, dtype, activation, rule, r_max = static
+    reduction, epsilon, dtype, rule, r_max = static
     operands = Operands(reduction, epsilon, dtype, *arrays)
     moments = operands.moments
     if recent is None:
         rstd = lax.rsqrt(_numbers(moments.var) + epsilon)
-        return operands.apply(rstd, activation, residual), lax.stop_gradient(moments)
+        return operands.apply(rstd), lax.stop_gradient(moments)
     moments = lax.stop_gradient(moments)
     factor, rstd = _factors(rule, r_max, epsilon, moments, operands.vector("var", var), recent)
 
@@ -205,7 +200,7 @@ def _moving_average(
         return estimated(rule, reduction, x, operands.mask, scaling, state)
 
     scaling = Scaling(rstd, moments.var, moments.count)
-    return operands.apply(factor, activation, residual, through, scaling, recent), moments
+    return operands.apply(factor, through, scaling, recent), moments
 
 
 def _numbers(square: jax.Array) -> jax.Array:

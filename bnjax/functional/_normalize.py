@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax.functional import _axes, _kernels
-from bnjax.functional._finish import Activation, as_activation, as_residual, finish
+from bnjax.functional import _axes, _collectives
 
 
 def normalize(
@@ -23,8 +22,6 @@ def normalize(
     epsilon: float = 1e-5,
     mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> jax.Array:
     r"""Normalises x by the mean and variance that are given.
 
@@ -42,8 +39,6 @@ def normalize(
       mask: non-negative weights, broadcastable to x. A NaN or Inf at a position of weight zero is read as the mean;
         everything else stands by itself.
       dtype: of y; by default the promotion of x, scale and bias, as in Flax.
-      activation: a function of the output, such as `jax.nn.relu`; a hashable one, and the same object every time.
-      residual: of the shape of x, added before the activation: act(y + residual), as the separate operations.
 
     Returns:
       y, of the shape of x; differentiable in every array.
@@ -65,34 +60,34 @@ def normalize(
     mean, var = _axes.as_vector("mean", mean, layout, x), _axes.as_variance(var, layout)
     scale, bias = _axes.as_optional("scale", scale, layout, x), _axes.as_optional("bias", bias, layout, x)
     epsilon = _axes.check_epsilon(epsilon, _axes.statistics_dtype(x, mean, var))
-    activation, residual = as_activation(activation), as_residual(residual, x)
     dtype = _axes.output_dtype(dtype, x, scale, bias)
-    compute = _axes.statistics_dtype(x, mean, var)
-    x = _kernels.readable(x, _axes.as_mask(mask, x), layout.expand(mean.astype(compute)))
-    return _normalize(layout, epsilon, dtype, activation, x, mean, var, scale, bias, residual)
+    return _normalize(layout, epsilon, dtype, x, mean, var, scale, bias, _axes.as_mask(mask, x))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _normalize(
     layout: _axes.Layout,
     epsilon: float,
     dtype: np.dtype,
-    activation: Activation,
     x: jax.Array,
     mean: jax.Array,
     var: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    residual: jax.Array | None,
+    mask: jax.Array | None,
 ) -> jax.Array:
-    compute = _axes.statistics_dtype(x, mean, var)
-    mean, var = mean.astype(compute), var.astype(jnp.finfo(compute).dtype)  # real also where x is complex
+    wide = _axes.statistics_dtype(x, mean, var)
+    mean, var = mean.astype(wide), var.astype(jnp.finfo(wide).dtype)  # real also where x is complex
     a = lax.rsqrt(var + epsilon)
-    a = a if scale is None else a * scale
-    c = jnp.zeros_like(a) if bias is None else bias.astype(a.dtype)
+    if scale is not None:
+        a = a * _collectives.match(scale.astype(_axes.statistics_dtype(scale, mean)), a)
+    c = jnp.zeros_like(a) if bias is None else _collectives.match(bias.astype(_axes.statistics_dtype(bias, mean)), a)
 
-    @_kernels.recompute
-    def finished(x: jax.Array, residual: jax.Array | None, *vectors: jax.Array) -> jax.Array:
-        return finish(_kernels.affine(x, *vectors).astype(dtype), residual, activation)
+    @partial(jax.checkpoint, prevent_cse=False)  # keeps x for the derivative, not its float32 copy
+    def affine(x: jax.Array, mean: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
+        x = x.astype(wide)
+        if mask is not None:
+            x = jnp.where((mask > 0) | jnp.isfinite(x), x, mean)
+        return ((x - mean) * a + c).astype(dtype)
 
-    return finished(x, residual, *map(layout.expand, (mean, a, c)))
+    return affine(x, *map(layout.expand, (mean, a, c)))

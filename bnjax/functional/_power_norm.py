@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
-from bnjax.functional._finish import Activation, as_activation, as_residual
-from bnjax.functional._moments import Moments, Reduction
+from bnjax.functional._measure import Reduction
+from bnjax.functional._moments import Moments
 from bnjax.functional._second_moment import Operands, Scaling, estimated
 
 
@@ -28,8 +28,6 @@ def power_norm(
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises x by the running quadratic mean of the batches before: training as evaluation, without a mean.
 
@@ -62,7 +60,6 @@ def power_norm(
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       dtype: of y; by default the promotion of x, scale and bias.
-      activation, residual: y = act(y + residual); see :func:`bnjax.batch_norm`.
 
     Returns:
       y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean 0, and var its quadratic mean;
@@ -95,15 +92,14 @@ def power_norm(
     group = _collectives.group_of(axis_name, axis_index_groups, x.shape)
     scale, bias = _axes.as_optional("scale", scale, layout), _axes.as_optional("bias", bias, layout)
     static = (
-        Reduction(layout, group, 0.0),
+        Reduction(layout, group),
         _axes.check_epsilon(epsilon, _axes.statistics_dtype(x)),
         _axes.output_dtype(dtype, x, scale, bias),
-        as_activation(activation),
         _RunningProjection(gradient_momentum),
     )
-    arrays = (x, _axes.as_mask(mask, x), scale, bias)
+    arrays = (x, _axes.as_weights(_axes.as_mask(mask, x), x), scale, bias)
     projection = _axes.as_optional("projection", projection, layout)
-    return _power_norm(static, arrays, _axes.as_variance(var, layout), projection, as_residual(residual, x))
+    return _power_norm(static, arrays, _axes.as_variance(var, layout), projection)
 
 
 class _RunningProjection(NamedTuple):
@@ -117,23 +113,22 @@ class _RunningProjection(NamedTuple):
         return state, state * (1 - new * gamma) + new * projection
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(jax.jit, static_argnums=0)
 def _power_norm(
-    static: tuple[Reduction, float, jnp.dtype, Activation, _RunningProjection],
+    static: tuple[Reduction, float, jnp.dtype, _RunningProjection],
     arrays: tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None],
     var: jax.Array,
     projection: jax.Array | None,
-    residual: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
-    reduction, epsilon, dtype, activation, rule = static
+    reduction, epsilon, dtype, rule = static
     operands = Operands(reduction, epsilon, dtype, *arrays)
     moments = lax.stop_gradient(operands.moments)
     rstd = lax.rsqrt(operands.vector("var", var) + epsilon)
     if projection is None:
-        return operands.apply(rstd, activation, residual), moments
+        return operands.apply(rstd), moments
 
     def through(x: jax.Array, scaling: Scaling, state: jax.Array) -> jax.Array:
         return estimated(rule, reduction, x, operands.mask, scaling, state)
 
     scaling = Scaling(rstd, moments.var, moments.count)
-    return operands.apply(rstd, activation, residual, through, scaling, projection), moments
+    return operands.apply(rstd, through, scaling, projection), moments

@@ -5,16 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._moments import Moments
-
-# A running mean within 2 standard deviations of zero saves nothing as a pivot (the guard of batch_moments acts at 4),
-# and a zero pivot keeps the sums on the CPU's fast path.
-_NEAR_ZERO = 4.0
-
 
 # The weight of the OLD running value: a number, a function from the step to it, or None for the plain average.
 Momentum = jax.Array | float | Callable[[jax.Array], jax.Array | float] | None
@@ -30,7 +24,8 @@ class RunningStats(NamedTuple):
       mean: `[C]`.
       var: `[C]`, the average of the biased variances.
       steps: `[C]`, the batches that each channel has taken; None where no average needs it.
-      skipped: `[C]`, the batches that it refused because their moments were not finite; None where nobody asked.
+      skipped: `[C]`, the batches that it refused because their moments were not finite, or of which it took the mean
+        alone because they had one row; None where nobody asked.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -46,14 +41,9 @@ class RunningStats(NamedTuple):
     steps: jax.Array | None = None  # [C], or None
     skipped: jax.Array | None = None  # [C], or None
 
-    @property
-    def pivot(self) -> jax.Array:
-        """What `batch_norm` may subtract before it sums: the running mean where that is worth it, else 0."""
-        return jnp.where(jnp.abs(self.mean) ** 2 > _NEAR_ZERO * self.var, self.mean, 0)
-
 
 def needs_steps(momentum: Momentum, debias: bool) -> bool:
-    """Whether these averages need `RunningStats.steps`."""
+    """Returns whether these averages need `RunningStats.steps`."""
     return momentum is None or callable(momentum) or debias
 
 
@@ -65,7 +55,7 @@ def update_running(
     debias: bool = False,
     unbiased_var: bool = False,
 ) -> RunningStats:
-    r"""One step of the running averages.
+    r"""Takes one step of the running averages.
 
     .. math::
         \mathrm{mean} \leftarrow m \cdot \mathrm{mean} + (1 - m)\, \mathrm{mean}_\text{batch}, \qquad
@@ -76,7 +66,8 @@ def update_running(
     var started with (0 and 1) have no weight. Both take the first batch as it is.
 
     A channel whose moments are not finite, or that no row counted in, keeps its values and its step: one bad batch
-    leaves no trace. No gradient flows into the result.
+    leaves no trace. One row says nothing about a variance: a channel with a count of 1 or less updates its mean and
+    keeps its var. No gradient flows into the result.
 
     Args:
       running: `RunningStats(mean, var)`, each `[C]`; with `steps`, `[C]`, wherever m depends on t.
@@ -85,11 +76,12 @@ def update_running(
         traced (of one outside comes NaN); or a function from a channel's step t = 0, 1, ... to it (an Optax schedule);
         or None.
       debias: leave the starting values out of the average. Not with a function, which can do so itself.
-      unbiased_var: average var·n/(n − 1) for a batch of n rows on all devices, as PyTorch does; with n ≤ 1, var.
+      unbiased_var: average var·n/(n − 1) for a batch of n rows on all devices, as PyTorch does.
 
     Returns:
-      `RunningStats`, in the dtypes of `running`; `steps` one higher where the channel took the batch, `skipped` where
-      it did not because its moments were not finite.
+      `RunningStats`, in the dtypes of `running`, but float32 at least (an average in bfloat16 stands still as soon as
+      a step is smaller than its last digit), float64 where the moments are, and a mean that is complex where theirs is.
+      `steps` is one higher where the channel took the batch, `skipped` where it did not, or took the mean alone.
 
     Raises:
       ValueError: the feature shapes differ, momentum lies outside [0, 1], or `steps` is missing.
@@ -124,22 +116,18 @@ def update_running(
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
+    tells_var = good & (n > 1)
 
-    def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        taken = jnp.where(good, (1 - share) * old + share * new, old)
-        return taken.astype(_state_dtype(old, new))
+    def step(taken: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        dtype = _axes.statistics_dtype(old, new)
+        old, new = old.astype(dtype), new.astype(dtype)
+        return jnp.where(taken, (1 - share) * old + share * new, old)
 
     def count(counter: jax.Array | None, counted: jax.Array) -> jax.Array | None:
         return None if counter is None else counter + counted.astype(counter.dtype)
 
-    counters = count(running.steps, good), count(running.skipped, (n > 0) & ~good)
-    return RunningStats(step(running.mean, mean), step(running.var, var), *counters)
-
-
-def _state_dtype(old: jax.Array, new: jax.Array) -> np.dtype:
-    """State keeps its dtype; but a mean that starts at a real zero becomes complex with the first complex batch."""
-    grows = jnp.iscomplexobj(new) and not jnp.iscomplexobj(old)
-    return jnp.promote_types(old.dtype, jnp.complex64) if grows else jnp.result_type(old)
+    counters = count(running.steps, good), count(running.skipped, (n > 0) & ~tells_var)
+    return RunningStats(step(good, running.mean, mean), step(tells_var, running.var, var), *counters)
 
 
 def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> jax.Array | float:

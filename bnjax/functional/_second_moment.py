@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax.functional import _axes, _collectives, _kernels
-from bnjax.functional._finish import Activation, finish
-from bnjax.functional._moments import Moments, Reduction, _pooled_sums, start_pivot
+from bnjax.functional import _axes, _collectives
+from bnjax.functional._derivative import widen
+from bnjax.functional._measure import Reduction, averages
+from bnjax.functional._moments import Moments
 
 # (state, Λ of this batch, Scaling) -> Λ', new state
 Rule = Callable[[Any, jax.Array, "Scaling"], tuple[jax.Array, Any]]
@@ -53,36 +54,27 @@ class Operands(NamedTuple):
 
     @property
     def moments(self) -> Moments:
-        """Moments about zero: mean 0 and var = Σwx²/W, pooled over devices. No cancellation, so no guard."""
-        layout = self.reduction.layout
-        zero = start_pivot(self.x, None, layout)
-        W, _, S2 = _pooled_sums(self.reduction, self.x, self.mask, _kernels.row_sums, zero)
-        return Moments(jnp.zeros_like(S2), S2 / jnp.where(W == 0, 1, W), W)
+        """Returns moments about zero: mean 0 and var = Σwx²/W, pooled over devices. No cancellation, so no guard."""
+        _, square, count = averages(widen(self.x), self.mask, self.reduction)
+        return Moments(jnp.zeros_like(square), square, jnp.full_like(square, count))
 
     def vector(self, name: str, v: jax.Array) -> jax.Array:
         """A running statistic: `[C]`, constant."""
         v = lax.stop_gradient(_axes.as_vector(name, v, self.reduction.layout))
         return v.astype(_axes.statistics_dtype(self.x, v))
 
-    def apply(
-        self,
-        factor: jax.Array,
-        activation: Activation,
-        residual: jax.Array | None,
-        through: Callable[..., jax.Array] | None = None,
-        *state: Any,
-    ) -> jax.Array:
-        """y = act(x·factor·scale + bias + residual); `through` may change what flows back to x."""
-        a = factor if self.scale is None else factor * self.scale
+    def apply(self, factor: jax.Array, through: Callable[..., jax.Array] | None = None, *state: Any) -> jax.Array:
+        """Returns y = x·factor·scale + bias; `through` may change what flows back to x."""
+        a = factor if self.scale is None else factor * self.scale.astype(factor.dtype)
         c = jnp.zeros_like(a) if self.bias is None else self.bias.astype(a.dtype)
         a, c = map(self.reduction.layout.expand, _collectives.vary_together((a, c), self.x))
 
-        @_kernels.recompute
-        def finished(x: jax.Array, a: jax.Array, c: jax.Array, residual: jax.Array | None, *state: Any) -> jax.Array:
+        @partial(jax.checkpoint, prevent_cse=False)  # keeps x for the derivative, not its float32 copy
+        def affine(x: jax.Array, a: jax.Array, c: jax.Array, *state: Any) -> jax.Array:
             x = x.astype(a.dtype) if through is None else through(x, *state)
-            return finish(_kernels.affine(x, jnp.zeros_like(a), a, c).astype(self.dtype), residual, activation)
+            return (x * a + c).astype(self.dtype)
 
-        return finished(self.readable, a, c, residual, *state)
+        return affine(self.readable, a, c, *state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -106,11 +98,12 @@ def _estimated_fwd(
 def _estimated_bwd(rule: Rule, reduction: Reduction, kept: Any, dx: jax.Array) -> tuple[Any, ...]:
     x, mask, scaling, state = kept
     layout, W = reduction.layout, scaling.count
-    _, total = _kernels.tangent_sums(x, None, layout.expand(jnp.zeros_like(scaling.rstd)), dx)
-    projection = _collectives.pool(total.reshape(layout.shape), reduction.group) / jnp.where(W > 0, W, 1)
+    wide = x.astype(dx.dtype)
+    total = jnp.sum(wide * dx, layout.rows)
+    projection = _collectives.pool(total, reduction.group) / jnp.where(W > 0, W, 1)
     average, new = rule(state, projection, scaling)
     good = (W > 0) & jnp.isfinite(projection) & jnp.isfinite(scaling.square)
-    pull = x.astype(dx.dtype) * layout.expand(average * scaling.rstd**2)
+    pull = wide * layout.expand(average * scaling.rstd**2)
     if mask is not None:
         pull = jnp.where(mask > 0, pull if mask.dtype == bool else mask.astype(dx.dtype) * pull, 0)
     new = jax.tree.map(lambda n, old: _of_all(jnp.where(jnp.broadcast_to(good, n.shape), n, old), old), new, state)

@@ -1,18 +1,20 @@
 """Batch normalization with statistics of their own for each of several domains: clean and adversarial images, say."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._batch_norm import batch_norm
-from bnjax.functional._domains import Domain, at_domain, set_domain
-from bnjax.functional._finish import Activation
 from bnjax.functional._moments import Moments
 from bnjax.functional._normalize import normalize
 from bnjax.functional._running import RunningStats, update_running
+
+Tree = TypeVar("Tree")
+Domain = jax.Array | int
 
 
 def split_batch_norm(
@@ -24,12 +26,9 @@ def split_batch_norm(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
     mask: jax.Array | None = None,
-    pivot: jax.Array | None = None,
     axis_name: _collectives.AxisName = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    activation: Activation = None,
-    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalises a batch of one domain d by its own mean and variance, with the scale and bias of the domain.
 
@@ -44,8 +43,7 @@ def split_batch_norm(
       domain: which one, 0 to D − 1; an integer, which may be traced.
       scale: `[D, C]`, or `[C]` for all domains, or None for 1.
       bias: `[D, C]`, or `[C]` for all domains, or None for 0.
-      pivot: `[D, C]` or `[C]`, a guess of the mean: the running means.
-      axis, epsilon, mask, axis_name, axis_index_groups, dtype, activation, residual: see :func:`bnjax.batch_norm`.
+      axis, epsilon, mask, axis_name, axis_index_groups, dtype: see :func:`bnjax.batch_norm`.
 
     Returns:
       y, of the shape of x, and the `Moments` of the batch, each `[C]`. With a traced domain that is none of the D, y is
@@ -73,12 +71,9 @@ def split_batch_norm(
         axis=axis,
         epsilon=epsilon,
         mask=mask,
-        pivot=_row(pivot, domain, shape),
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
-        activation=activation,
-        residual=residual,
     )
 
 
@@ -167,3 +162,39 @@ def _row(v: jax.Array | None, domain: Domain, shape: tuple[int, ...]) -> jax.Arr
             f"vectors must be of the feature shape {shape}, or a row of it per domain; got {jnp.shape(v)}."
         )
     return at_domain(jnp.asarray(v), domain)
+
+
+def at_domain(stored: Tree, domain: Domain) -> Tree:
+    """Returns row `domain` of each array [D, ...] of the tree; NaN for a traced domain outside 0 to D − 1."""
+
+    def row(rows: jax.Array) -> jax.Array:
+        index = _index(domain, len(rows))
+        return jnp.asarray(rows).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    return jax.tree.map(row, stored)
+
+
+def set_domain(stored: Tree, domain: Domain, new: Tree) -> Tree:
+    """Returns the arrays [D, ...] of the tree with `new` in row `domain`; unchanged for a traced one out of range."""
+
+    def with_row(rows: jax.Array, row: jax.Array) -> jax.Array:
+        return jnp.asarray(rows).at[_index(domain, len(rows))].set(row, mode="drop", wrap_negative_indices=False)
+
+    return jax.tree.map(with_row, stored, new)
+
+
+def _index(domain: Domain, number: int) -> jax.Array:
+    index = _axes.as_array("domain", domain)
+    if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(
+            "domain must be one integer for the whole batch, from 0 on, a traced one too; "
+            f"got {index.dtype} of shape {index.shape}. Call the layer once for each domain's rows."
+        )
+    if not isinstance(domain, jax.core.Tracer) and not 0 <= int(np.asarray(domain)) < number:
+        raise ValueError(f"domain must be one of the {number} domains 0 to {number - 1}; got {domain}.")
+    return index.astype(jnp.int32)
+
+
+def take_row(v: jax.Array | None, domain: Domain, shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns row `domain` of an array of this shape `[D, C]`; another one, shared by all domains, as it is."""
+    return at_domain(v, domain) if v is not None and v.shape == shape else v

@@ -1,4 +1,4 @@
-"""`BatchNorm` for flax.linen: creates the variables, calls the functional core, stores the result."""
+"""`BatchNorm` for flax.linen: creates the variables, calls the functional step, stores the result."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,10 @@ from flax.core import meta
 from flax.core.scope import DenyList, in_filter
 from flax.linen.module import merge_param
 
-from bnjax.functional import Moments, RunningStats, batch_norm, merge_moments, normalize, update_running
-from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
-from bnjax.functional._axes import as_array, check_stored, layout_of
-from bnjax.functional._domains import ONE, Domains
-from bnjax.functional._finish import Activation, Ending
-from bnjax.functional._merge import moments_for_running
-from bnjax.functional._one_row import silent_if
-from bnjax.functional._running import Momentum, needs_steps
+from bnjax.functional import Moments, Normalization, RunningStats, Step, _module, batch_norm_step, merge_moments
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Normalization, nn.Module):
     r"""Batch normalization; a drop-in for `flax.linen.BatchNorm`.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -29,12 +22,6 @@ class BatchNorm(nn.Module):
     collection `batch_stats` take a step (:func:`bnjax.update_running`); with `use_running_average` they are the running
     averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are Flax's: `params/{scale, bias}`,
     `batch_stats/{mean, var}`, each of the feature shape; checkpoints of either load in the other.
-
-    The running mean is the pivot of the sums (where all devices share it for certain: plain jit and
-    shard_map(check_vma=True)), so that in a steady state training reads x once for its statistics and makes one
-    all-reduce forward and one backward, whatever the data. A batch more than 4 standard deviations from the pivot costs
-    one more of each. At mean/std = r that ends after about ln(r/4) / ln(1/momentum) steps: 9 at r = 10 and momentum
-    0.9, 92 at momentum 0.99, 550 at r = 1000. It never begins where r < 4, as behind most convolutions.
 
     Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
     call updates the running ones, and an Optax mask whether scale and bias train.
@@ -60,8 +47,7 @@ class BatchNorm(nn.Module):
         plain `jit`, where a sharded batch is normalised by its global statistics anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
-      force_float32_reductions: statistics are always computed in float32 at least; False only gives the running
-        averages `param_dtype`, so that such a checkpoint of Flax loads.
+      force_float32_reductions: accepted for Flax's sake; statistics are computed and kept in float32 at least.
       scale_offset: added to the scale, own or given: with 1.0 the layer multiplies by 1 + scale, and weight decay pulls
         towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
@@ -69,9 +55,12 @@ class BatchNorm(nn.Module):
       stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
         fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
         small all-reduces more. Without it, running averages follow the statistics that normalise.
-      activation: a function that the output goes through, such as `jax.nn.relu`, after a residual was added.
       count_skipped: count in one more variable, `batch_stats/skipped`, the batches that a channel's running averages
-        refused because its moments were NaN or Inf; `bnjax.tools.inspect` shows it.
+        refused because its moments were NaN or Inf, or of which they took the mean alone because there was one row;
+        `bnjax.tools.inspect` shows it.
+      stats_dtype: of the running mean as it starts, at least float32; by default that of the x of `init`: float64 for
+        float64, complex where x is. The averages follow a wider x later on too, except in `lax.scan`, whose carry may
+        not change its dtype.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` at the call of a
@@ -93,7 +82,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: Momentum = 0.99
+    momentum: Any = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -109,8 +98,15 @@ class BatchNorm(nn.Module):
     debias: bool = False
     unbiased_var: bool = False
     stats_axis_name: str | Sequence[str] | None = None
-    activation: Activation = None
     count_skipped: bool = False
+    stats_dtype: Any = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keeps Flax from recording the methods of the protocol, in variants too, as calls of the module."""
+        for name in set(vars(cls)) & set(vars(Normalization)):
+            if callable(vars(cls)[name]):
+                nn.nowrap(vars(cls)[name])
+        super().__init_subclass__(**options)
 
     @nn.compact
     def __call__(
@@ -119,10 +115,9 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
-        update_stats: bool = True,
+        update_stats: jax.Array | bool = True,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
-        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x.
 
@@ -132,126 +127,140 @@ class BatchNorm(nn.Module):
           x: `[..., C]`; where it is complex so is the running mean, as in Flax.
           use_running_average: normalise with the running averages rather than with those of the batch.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
-          update_stats: whether a call in training mode updates the running averages. False needs no mutable collection.
+          update_stats: whether a call in training mode updates the running averages; may be traced. False needs no
+            mutable collection.
           scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
             such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
-          bias: the same.
-          residual: of the shape of x, added before the activation.
+          bias: likewise.
 
         Returns:
           y, of the shape of x.
         """
-        use_running_average = merge_param("use_running_average", self.use_running_average, use_running_average)
-        options: dict[str, Any] = dict(mask=mask, update_stats=update_stats, scale=scale, bias=bias, residual=residual)
-        return self._forward(x, use_running_average, **options)
+        x, shape = _module.prepare(x, self.axis)
+        evaluates = self._evaluates(use_running_average)
+        variables = self._statistics(x, shape, evaluates)
+        running = RunningStats._make(None if v is None else v.value for v in variables)
+        scale, bias = self._scale_and_bias(x, shape, scale, bias)
+        step = self._step(x, running, scale, bias, evaluates, mask, update_stats)
+        if step.moments is not None and self._gathers_moments():
+            held = self._gathered(step.moments, shape)
+            merged = merge_moments(Moments._make(v.value for v in held), step.moments)
+            self._store(held, merged)
+        if step.running is not running:
+            self._store(variables, step.running)
+        return step.y
 
-    # What a variant overrides -----------------------------------------------------------------------------------------
+    # The parts of a call, in its order. SplitBatchNorm puts them together with a row of each variable in between.
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """y by the statistics of the batch, and the moments for the running averages. No axis name during `init`."""
-        return batch_norm(x, pivot=running.pivot, **options)
+    @nn.nowrap
+    def _evaluates(self, use_running_average: bool | None) -> bool:
+        """Returns whether this call normalises by the running averages, from the field or the argument of the call."""
+        if self.is_constant:
+            return True
+        return merge_param("use_running_average", self.use_running_average, use_running_average)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """y by the running averages."""
-        return normalize(x, running.mean, running.var, **options)
+    @nn.nowrap
+    def _statistics(self, x: jax.Array, shape: tuple[int, ...], evaluates: bool) -> tuple[Any, ...]:
+        """Returns the variables of `RunningStats`, made in `init`; None for a counter that is not needed."""
+        starting = self.is_initializing() or self.is_mutable_collection("batch_stats")
+        if not (starting or self.has_variable("batch_stats", "mean")):
+            raise ValueError(
+                f"{self._described()} found no batch_stats. Pass the collection that init returned along with params: "
+                'model.apply({"params": params, "batch_stats": batch_stats}, x, ...).'
+            )
+        wide = jnp.promote_types(x.dtype if self.stats_dtype is None else self.stats_dtype, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.finfo(wide).dtype)
 
-    def _counts_steps(self) -> bool:
-        """Whether `batch_stats/steps` is needed."""
-        return needs_steps(self.momentum, self.debias)
+        def counter(name: str, needed: bool) -> Any:
+            there = self.has_variable("batch_stats", name) or (starting and not evaluates) or self.is_initializing()
+            return self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32) if needed and there else None
 
-    # What it keeps ----------------------------------------------------------------------------------------------------
+        variables = mean, var, counter("steps", self.counts_steps()), counter("skipped", self.count_skipped)
+        _module.check_stored(
+            shape, x, **{k: v and v.value for k, v in zip(RunningStats._fields, variables, strict=True)}
+        )
+        return variables
 
-    def _forward(
+    @nn.nowrap
+    def _scale_and_bias(
+        self, x: jax.Array, shape: tuple[int, ...], scale: jax.Array | None, bias: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns the parameters, made in `init`, or what the call gave in their place."""
+
+        def scale_init(*args: Any) -> Any:  # inside of a box such as nn.Partitioned, if there is one
+            return jax.tree.map(lambda v: v - self.scale_offset, self.scale_init(*args))
+
+        given = {"scale": scale, "bias": bias}
+        for name, init, use in (("scale", scale_init, self.use_scale), ("bias", self.bias_init, self.use_bias)):
+            there = meta.unbox(self.get_variable("params", name))
+            _module.check_stored(shape, x, **{name: there})  # Flax's own error is neither of value nor of type
+            own = self.param(name, init, shape, self.param_dtype) if use else None
+            given[name] = _module.choose(name, own, given[name], shape, x)
+        return given["scale"], given["bias"]
+
+    @nn.nowrap
+    def _step(
         self,
         x: jax.Array,
-        use_running_average: bool,
-        *,
+        running: RunningStats,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        evaluates: bool,
         mask: jax.Array | None,
-        update_stats: bool,
-        scale: jax.Array | None,
-        bias: jax.Array | None,
-        residual: jax.Array | None,
-        domains: Domains = ONE,
-    ) -> jax.Array:
-        """The call; of the variables, the part that `domains` selects."""
-        x = as_array("x", x)
-        shape = layout_of(x, self.axis).shape
-        update_stats = update_stats and not use_running_average and not self.is_initializing()
-        variables = self._statistics(domains.shape(shape), jnp.iscomplexobj(x), update_stats)
-        stored = RunningStats._make(None if v is None else v.value for v in variables)
-        check_stored(domains.shape(shape), x, **stored._asdict())
-        running = domains.take(stored)
-        ending = Ending(self._affine(x, shape, scale, bias, domains.of_affine), self.activation, residual)
-        options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
-        if use_running_average:
-            return ending.finish(self._normalize(x, running, mask=mask, **options))
-        if not self.is_initializing():
-            options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
-        with silent_if(self.is_initializing()):
-            y, moments = self._batch_norm(x, running, mask=mask, **options)
-        if self._is_asked_for("moments"):
-            self._accumulate(moments, domains)
-        if update_stats:
-            moments = moments_for_running(
-                moments,
-                running.mean,
-                shape=x.shape,
-                axis_name=self.axis_name,
-                stats_axis_name=self.stats_axis_name,
-                axis_index_groups=self.axis_index_groups,
+        update_stats: jax.Array | bool,
+    ) -> Step:
+        """Calls the functional step with the fields of the module."""
+        starting = self.is_initializing()
+        groups: dict[str, Any] = {}
+        if not starting:  # axes are bound in training alone
+            groups = {k: getattr(self, k) for k in ("axis_name", "axis_index_groups", "stats_axis_name")}
+        updates = not (starting or evaluates or update_stats is False)
+        if updates and not self.is_mutable_collection("batch_stats"):
+            raise ValueError(
+                f"{self._described()} is to update its running averages, and batch_stats may not change here. Call "
+                'model.apply(..., mutable=["batch_stats"]), which returns (y, updates), to keep the updates; '
+                "or pass use_running_average=True to evaluate, or update_stats=False."
             )
-            new = update_running(
-                running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
+        with _module.silent_if(starting):
+            return batch_norm_step(
+                x,
+                running,
+                scale,
+                bias,
+                variant=self,
+                use_running_average=evaluates,
+                update_stats=updates and update_stats,
+                mask=mask,
+                axis=self.axis,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                dtype=self.dtype,
+                scale_offset=self.scale_offset,
+                debias=self.debias,
+                unbiased_var=self.unbiased_var,
+                **groups,
             )
-            for variable, value in zip(variables, domains.put(stored, new), strict=True):
-                if variable is not None:
-                    variable.value = value
-        return ending.finish(y)
 
-    def _statistics(self, shape: tuple[int, ...], is_complex: bool, update_stats: bool) -> tuple[Any, ...]:
-        """The variables of `RunningStats`; None for a counter that is not needed, or not there and only read."""
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean_dtype = jnp.promote_types(stats_dtype, jnp.complex64) if is_complex else stats_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
-
-        def counter(name: str, is_needed: bool) -> Any:
-            exists = update_stats or self.is_initializing() or self.has_variable("batch_stats", name)
-            return self.variable("batch_stats", name, jnp.zeros, shape, jnp.float32) if is_needed and exists else None
-
-        return mean, var, counter("steps", self._counts_steps()), counter("skipped", self.count_skipped)
-
-    def _is_asked_for(self, collection: str) -> bool:
-        """Whether `mutable` names the collection. True, or all but a few (as in `init`), gives what Flax gives."""
+    @nn.nowrap
+    def _gathers_moments(self) -> bool:
+        """Returns whether `mutable` names the collection moments; True, or all but a few, as in `init`, does not."""
         mutable = self.scope.mutable if self.scope is not None else False
-        return not isinstance(mutable, (bool, DenyList)) and in_filter(mutable, collection)
+        return not isinstance(mutable, (bool, DenyList)) and in_filter(mutable, "moments")
 
-    def _accumulate(self, moments: Moments, domains: Domains) -> None:
-        """Merges the moments into the collection `moments`: those of all calls since it was empty."""
-        held = [
-            self.variable("moments", name, jnp.zeros_like, value, shape=domains.shape(value.shape))
-            for name, value in moments._asdict().items()
-        ]
-        stored = Moments._make(variable.value for variable in held)
-        merged = merge_moments(domains.take(stored), moments)
-        for variable, value in zip(held, domains.put(stored, merged), strict=True):
-            variable.value = value
+    @nn.nowrap
+    def _gathered(self, moments: Moments, shape: tuple[int, ...]) -> list[Any]:
+        """Returns the variables of the collection moments: those of all calls since it was empty."""
+        return [self.variable("moments", k, jnp.zeros, shape, v.dtype) for k, v in moments._asdict().items()]
 
-    def _affine(
-        self,
-        x: jax.Array,
-        shape: tuple[int, ...],
-        scale: jax.Array | None,
-        bias: jax.Array | None,
-        domains: Domains,
-    ) -> Affine:
-        """The parameters, or what the call gave in their place."""
-        shape = domains.shape(shape)
-        loaded = {name: meta.unbox(self.get_variable("params", name)) for name in ("scale", "bias")}
-        check_stored(shape, x, **loaded)  # Flax's own error is neither of value nor of type
-        scale_init = offset_init(self.scale_init, self.scale_offset)
-        own_scale = self.param("scale", scale_init, shape, self.param_dtype) if self.use_scale else None
-        own_bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        own_scale, own_bias = domains.take((own_scale, own_bias))
-        scale, bias = own_or_given("scale", own_scale, scale), own_or_given("bias", own_bias, bias)
-        return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=self.dtype)
+    @nn.nowrap
+    def _store(self, variables: Any, values: Any) -> None:
+        """Puts the values into the variables."""
+        for variable, value in zip(variables, values, strict=True):
+            if variable is not None:
+                variable.value = value
+
+    @nn.nowrap
+    def _described(self) -> str:
+        """Returns the class and path of the layer, for an error."""
+        return f"{type(self).__name__} at {'/'.join(self.path) or 'the top level'}"

@@ -1,14 +1,10 @@
 """`GhostBatchNorm` for flax.linen."""
 
-from typing import Any
-
-import jax
-
-from bnjax.functional import Moments, RunningStats, ghost_batch_norm
+from bnjax.functional._ghost_batch_norm import Ghost
 from bnjax.linen.batch_norm import BatchNorm
 
 
-class GhostBatchNorm(BatchNorm):
+class GhostBatchNorm(Ghost, BatchNorm):
     r"""Batch normalization by the statistics of virtual batches.
 
     .. math:: y_i = \frac{x_i - \mathrm{mean}_l}{\sqrt{\mathrm{var}_l + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -40,12 +36,3 @@ class GhostBatchNorm(BatchNorm):
 
     virtual_batch_size: int | None = None
     num_virtual_batches: int | None = None
-
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        return ghost_batch_norm(
-            x,
-            virtual_batch_size=self.virtual_batch_size,
-            num_virtual_batches=self.num_virtual_batches,
-            pivot=running.pivot,
-            **options,
-        )

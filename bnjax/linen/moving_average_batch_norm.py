@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from bnjax.functional import Moments, RecentStats, RunningStats, moving_average_batch_norm
+from bnjax.functional._protocol import AboutZero
 from bnjax.functional._running import Momentum
 from bnjax.linen._gradient_state import gradient_state
 from bnjax.linen.batch_norm import BatchNorm
 
 
-class MovingAverageBatchNorm(BatchNorm):
+class MovingAverageBatchNorm(AboutZero, BatchNorm):
     r"""Batch normalization by the quadratic mean of the last m batches, for batches of one or two examples (MABN).
 
     .. math:: y = r \cdot \frac{x}{\chi} \cdot \mathrm{scale} + \mathrm{bias}
@@ -57,14 +59,18 @@ class MovingAverageBatchNorm(BatchNorm):
     warmup: int = 100
     r_max: float = 5.0
 
+    @nn.nowrap
     def _recent(self, running: RunningStats) -> RecentStats | None:
         state = gradient_state(self, RecentStats.start(running.var.shape, self.buffer_size)._asdict())
         return None if state is None else RecentStats(**state)
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
         options |= dict(warmup=self.warmup, r_max=self.r_max)
         return moving_average_batch_norm(x, running.var, self._recent(running), **options)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+    def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
         self._recent(running)  # `init` makes it in evaluation too
-        return super()._normalize(x, running, **options)
+        return super().normalize_running(x, running, **options)
+
+    averaged_moments = AboutZero.averaged_moments
+    evaluation_affine = AboutZero.evaluation_affine

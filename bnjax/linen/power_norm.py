@@ -2,16 +2,18 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bnjax.functional import Moments, RunningStats, power_norm
+from bnjax.functional._protocol import AboutZero
 from bnjax.functional._running import Momentum
 from bnjax.linen._gradient_state import gradient_state
 from bnjax.linen.batch_norm import BatchNorm
 
 
-class PowerNorm(BatchNorm):
+class PowerNorm(AboutZero, BatchNorm):
     r"""Power normalization, for Transformers: a running quadratic mean normalises in training and evaluation alike.
 
     .. math:: y = \frac{x}{\sqrt{\psi^2 + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -51,14 +53,18 @@ class PowerNorm(BatchNorm):
     momentum: Momentum = 0.9
     gradient_momentum: float = 0.9
 
+    @nn.nowrap
     def _projection(self, running: RunningStats) -> jax.Array | None:
         state = gradient_state(self, {"projection": jnp.zeros(running.var.shape, jnp.float32)})
         return None if state is None else state["projection"]
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
         options |= dict(gradient_momentum=self.gradient_momentum)
         return power_norm(x, running.var, self._projection(running), **options)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+    def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
         self._projection(running)  # `init` makes it in evaluation too
-        return super()._normalize(x, running, **options)
+        return super().normalize_running(x, running, **options)
+
+    averaged_moments = AboutZero.averaged_moments
+    evaluation_affine = AboutZero.evaluation_affine

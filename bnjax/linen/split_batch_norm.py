@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 from flax.linen.module import merge_param
 
-from bnjax.functional._domains import Domain, Domains
+from bnjax.functional import Moments, Normalization, RunningStats, _module, merge_moments
+from bnjax.functional._split_batch_norm import Domain, at_domain, set_domain, take_row
 from bnjax.linen.batch_norm import BatchNorm
 
 
@@ -56,29 +57,38 @@ class SplitBatchNorm(BatchNorm):
         *,
         domain: Domain | None = None,
         mask: jax.Array | None = None,
-        update_stats: bool = True,
+        update_stats: jax.Array | bool = True,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
-        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x, a batch of one domain.
 
         Args:
           x: `[..., C]`.
           domain: which one, 0 to D − 1; a number, or a traced integer.
-          use_running_average, mask, update_stats, scale, bias, residual: see :class:`bnjax.linen.BatchNorm`.
+          use_running_average, mask, update_stats, scale, bias: see :class:`bnjax.linen.BatchNorm`.
 
         Returns:
-          y, of the shape of x; NaN for a traced domain that is none of the D.
+          y, of the shape of x; NaN for a traced domain outside 0 to D − 1.
         """
         here: Any = merge_param("domain", self.domain, domain)  # typed as an object, for an int and an array
-        return self._forward(
-            x,
-            merge_param("use_running_average", self.use_running_average, use_running_average),
-            mask=mask,
-            update_stats=update_stats,
-            scale=scale,
-            bias=bias,
-            residual=residual,
-            domains=Domains(self.num_domains, here, self.shared_affine),
-        )
+        x, row = _module.prepare(x, self.axis)
+        shape = (self.num_domains, *row)
+        evaluates = self._evaluates(use_running_average)
+        variables = self._statistics(x, shape, evaluates)
+        stored = RunningStats._make(None if v is None else v.value for v in variables)
+        running = at_domain(stored, here)
+        scale, bias = self._scale_and_bias(x, row if self.shared_affine else shape, scale, bias)
+        scale, bias = (take_row(v, here, shape) for v in (scale, bias))
+        step = self._step(x, running, scale, bias, evaluates, mask, update_stats)
+        if step.moments is not None and self._gathers_moments():
+            held = self._gathered(step.moments, shape)
+            gathered = Moments._make(v.value for v in held)
+            merged = merge_moments(at_domain(gathered, here), step.moments)
+            self._store(held, set_domain(gathered, here, merged))
+        if step.running is not running:
+            self._store(variables, set_domain(stored, here, step.running))
+        return step.y
+
+    averaged_moments = Normalization.averaged_moments
+    evaluation_affine = Normalization.evaluation_affine

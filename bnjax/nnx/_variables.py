@@ -1,56 +1,46 @@
-"""Variables of nnx modules: read in the feature shape, written also where they come from outside the trace."""
+"""Variables of nnx modules: how they start, and how they are written."""
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
-
-from bnjax.functional._axes import Layout
-from bnjax.functional._domains import ONE, Domains
+from flax.nnx.variablelib import VariableMetadata
 
 _CAPTURED = (
-    "Running averages were about to be updated in a function that captured their module from outside. Pass the module "
-    "as an argument (nnx.grad, nnx.jit, ...), or merge it inside and return its state, or pass update_stats=False."
+    "Running averages were about to be updated in a function that captured their variables from outside, where the new "
+    "values could not be seen. Pass the module as an argument (nnx.grad, nnx.jit, ...); or merge it inside with "
+    "variables of its own, nnx.merge(graphdef, params, rest, copy=True), and return its state; or pass "
+    "update_stats=False."
 )
 
 
 def static(value: Any) -> Any:
-    """Lists as tuples, for a graphdef that hashes."""
+    """Returns lists as tuples, for a graphdef that hashes."""
     return tuple(map(static, value)) if isinstance(value, (list, tuple)) else value
 
 
-def read(variable: nnx.Variable[jax.Array], layout: Layout, domains: Domains = ONE) -> jax.Array:
-    """The value, in the feature shape also where the variable is flat (one number for several feature axes)."""
-    value = domains.take(variable[...])
-    return value.reshape(layout.shape) if value.shape == (math.prod(layout.shape),) else value
+def minus(start: Any, offset: float) -> Any:
+    """Subtracts the offset from what an initializer returned, inside of the metadata that may be around it."""
+    if isinstance(start, VariableMetadata):
+        return dataclasses.replace(start, raw_value=start.raw_value - offset)
+    return start - offset if offset else start
 
 
-def write(module: nnx.Module, values: Mapping[str, jax.Array], domains: Domains = ONE) -> None:
-    """Puts the values into the module's variables of those names, in their shapes.
-
-    A variable from outside the trace is replaced by a new one. That is `nnx.merge(graphdef, params, rest)` inside
-    `jax.grad`: the module is of this trace, the variables in `rest` are not. `nnx.state(module)` then holds the new
-    ones, and `rest` stays as it was: a value of this trace may not get there.
-    """
+def write(module: nnx.Module, values: Mapping[str, jax.Array | None]) -> None:
+    """Puts the values that are not None into the module's variables of those names, in their shapes."""
     for name, value in values.items():
+        if value is None:
+            continue
         variable = getattr(module, name)
-        row = variable.shape if domains.number is None else variable.shape[1:]
-        value = domains.put(variable[...], value.reshape(row))
+        value = value.reshape(variable.shape)
         try:
             if isinstance(variable.get_raw_value(), jax.Array) and value.dtype == variable.dtype:
                 variable[...] = value
-            else:  # NumPy's, from a checkpoint, would be overwritten; a real mean would stay real in a complex batch
+            else:  # NumPy's, from a checkpoint, would be overwritten; a wider dtype would be rounded down
                 variable.set_value(value)
-        except TraceContextError:
-            _replace(module, name, variable.copy(value))
-
-
-def _replace(module: nnx.Module, name: str, variable: nnx.Variable[jax.Array]) -> None:
-    try:
-        setattr(module, name, variable)
-    except TraceContextError as error:
-        error.add_note(_CAPTURED)
-        raise
+        except TraceContextError as error:
+            error.add_note(_CAPTURED)
+            raise

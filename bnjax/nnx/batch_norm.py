@@ -1,5 +1,6 @@
-"""`BatchNorm` for flax.nnx: holds the variables, calls the functional core, stores the result."""
+"""`BatchNorm` for flax.nnx: holds the variables, calls the functional step, stores the result."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -12,17 +13,11 @@ from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 from jax.nn import initializers
 
-from bnjax.functional import Moments, RunningStats, batch_norm, normalize, update_running
-from bnjax.functional._affine import Affine, affine_of, offset_init, own_or_given
-from bnjax.functional._axes import Layout, as_array, check_stored, layout_of, output_dtype
-from bnjax.functional._domains import ONE, Domains
-from bnjax.functional._finish import Activation, Ending
-from bnjax.functional._merge import moments_for_running
-from bnjax.functional._running import Momentum, needs_steps
-from bnjax.nnx._variables import read, static, write
+from bnjax.functional import Normalization, RunningStats, Step, _module, batch_norm_step
+from bnjax.nnx._variables import minus, static, write
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Normalization, nnx.Module):
     r"""Batch normalization; a drop-in for `flax.nnx.BatchNorm`.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -67,9 +62,12 @@ class BatchNorm(nnx.Module):
       stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
         fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
         small all-reduces more. Without it, running averages follow the statistics that normalise.
-      activation: a function that the output goes through, such as `jax.nn.relu`, after a residual was added.
       count_skipped: count in one more `nnx.BatchStat`, skipped, the batches that a channel's running averages refused
-        because its moments were NaN or Inf; `bnjax.tools.inspect` shows it.
+        because its moments were NaN or Inf, or of which they took the mean alone because there was one row;
+        `bnjax.tools.inspect` shows it.
+      stats_dtype: of the running mean as it starts, at least float32: complex64 where x will be complex, float64 where
+        it will be that. The averages follow a wider x later on too, except in `lax.scan`, whose carry may not change
+        its dtype.
 
     Raises:
       ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or a `num_features` that is not that of
@@ -93,7 +91,7 @@ class BatchNorm(nnx.Module):
       Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
 
     Differences: Flax casts the running statistics to `dtype` before it normalises, pools per-device masked means
-    unweighted, keeps NaN for ever, and raises TraceContextError for a module merged from outer variables in `jax.grad`.
+    unweighted, and keeps NaN for ever.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: int | Sequence[int] = -1,
-        momentum: Momentum = 0.99,
+        momentum: Any = 0.99,
         epsilon: float = 1e-5,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -122,8 +120,8 @@ class BatchNorm(nnx.Module):
         debias: bool = False,
         unbiased_var: bool = False,
         stats_axis_name: str | Sequence[str] | None = None,
-        activation: Activation = None,
         count_skipped: bool = False,
+        stats_dtype: Any = jnp.float32,
     ):
         self.num_features = static(num_features)
         self.use_running_average = use_running_average
@@ -143,21 +141,35 @@ class BatchNorm(nnx.Module):
         self.debias = debias
         self.unbiased_var = unbiased_var
         self.stats_axis_name = static(stats_axis_name)
-        self.activation = activation
+        self.stats_dtype = stats_dtype
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
-        stats_shape, shape = self._domains.shape(shape), self._domains.of_affine.shape(shape)
-        self.mean = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones(stats_shape, jnp.float32))
-        if self._counts_steps():
+        self._make_variables(
+            shape, shape, count_skipped, (scale_init, scale_metadata), (bias_init, bias_metadata), rngs
+        )
+
+    def _make_variables(
+        self,
+        stats_shape: tuple[int, ...],
+        shape: tuple[int, ...],
+        count_skipped: bool,
+        scale: tuple[initializers.Initializer, Mapping[str, Any]],
+        bias: tuple[initializers.Initializer, Mapping[str, Any]],
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Makes the statistics, of one shape, and scale and bias, of another."""
+        wide = jnp.promote_types(self.stats_dtype, jnp.float32)
+        self.mean = nnx.BatchStat(jnp.zeros(stats_shape, wide))
+        self.var = nnx.BatchStat(jnp.ones(stats_shape, jnp.finfo(wide).dtype))
+        if self.counts_steps():
             self.steps = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
         if count_skipped:
             self.skipped = nnx.BatchStat(jnp.zeros(stats_shape, jnp.float32))
         self.scale = self.bias = nnx.data(None)
-        if use_scale:
-            scale = offset_init(scale_init, scale_offset)(rngs.params(), shape, param_dtype)
-            self.scale = nnx.Param(scale, **scale_metadata)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
+        if self.use_scale:
+            start = minus(scale[0](rngs.params(), shape, self.param_dtype), self.scale_offset)
+            self.scale = nnx.Param(start, **scale[1])
+        if self.use_bias:
+            self.bias = nnx.Param(bias[0](rngs.params(), shape, self.param_dtype), **bias[1])
 
     def __call__(
         self,
@@ -165,10 +177,9 @@ class BatchNorm(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
-        update_stats: bool | None = None,
+        update_stats: jax.Array | bool | None = None,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
-        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x.
 
@@ -177,21 +188,27 @@ class BatchNorm(nnx.Module):
           use_running_average: normalise with the running averages rather than with those of the batch; before what the
             constructor said.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
-          update_stats: whether a call that normalises by the batch updates the running averages; before what the
-            constructor said. With False the module is only read: it may be captured by `jax.grad`, `jax.jit` ...
+          update_stats: whether a call that normalises by the batch updates the running averages, which may be traced;
+            before what the constructor said. With False the module is only read: it may be captured by `jax.grad`,
+            `jax.jit` ...
           scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
             such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
-          bias: the same.
-          residual: of the shape of x, added before the activation.
+          bias: likewise.
 
         Returns:
           y, of the shape of x.
         """
-        options: dict[str, Any] = dict(mask=mask, update_stats=update_stats, scale=scale, bias=bias, residual=residual)
-        return self._forward(x, use_running_average, **options)
+        x, shape = _module.prepare(x, self.axis)
+        running = self._running(shape, x)
+        scale = _module.choose("scale", self._read("scale", shape, x), scale, shape, x)
+        bias = _module.choose("bias", self._read("bias", shape, x), bias, shape, x)
+        step = self._step(x, running, scale, bias, use_running_average, mask, update_stats)
+        if step.running is not running:
+            write(self, step.running._asdict())
+        return step.y
 
     def set_view(self, use_running_average: bool | None = None, update_stats: bool | None = None) -> None:
-        """What `nnx.view` sets.
+        """Sets what `nnx.view` asks for.
 
         Args:
           use_running_average: normalise with the running averages rather than with those of the batch.
@@ -202,96 +219,65 @@ class BatchNorm(nnx.Module):
         if update_stats is not None:
             self.update_stats = update_stats
 
-    # What a variant overrides -----------------------------------------------------------------------------------------
+    # The parts of a call. SplitBatchNorm puts them together with a row of each variable in between.
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """y by the statistics of the batch, and the moments for the running averages."""
-        return batch_norm(x, pivot=running.pivot, **options)
+    def _running(self, shape: tuple[int, ...], x: jax.Array) -> RunningStats:
+        """Returns the running averages and the counters that there are."""
+        values: Any = (self._read(name, shape, x) for name in RunningStats._fields)
+        return RunningStats(*values)
 
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """y by the running averages."""
-        return normalize(x, running.mean, running.var, **options)
-
-    def _counts_steps(self) -> bool:
-        """Whether the variable steps is needed."""
-        return needs_steps(self.momentum, self.debias)
-
-    @property
-    def _domains(self) -> Domains:
-        """Whether the variables have a row for each of several domains."""
-        return ONE
-
-    # What it keeps ----------------------------------------------------------------------------------------------------
-
-    def _forward(
-        self,
-        x: jax.Array,
-        use_running_average: bool | None,
-        *,
-        mask: jax.Array | None,
-        update_stats: bool | None,
-        scale: jax.Array | None,
-        bias: jax.Array | None,
-        residual: jax.Array | None,
-        domains: Domains = ONE,
-    ) -> jax.Array:
-        """The call; of the variables, the part that `domains` selects."""
-        use_running_average = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
-        x = as_array("x", x)
-        layout = layout_of(x, self.axis)
-        running = self._running(x, layout, domains)
-        ending = Ending(self._affine(x, layout, running, scale, bias, domains.of_affine), self.activation, residual)
-        options = dict(axis=self.axis, epsilon=self.epsilon, **ending.core)
-        if use_running_average:
-            return ending.finish(self._normalize(x, running, mask=mask, **options))
-        options |= dict(axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
-        y, moments = self._batch_norm(x, running, mask=mask, **options)
-        if self.update_stats if update_stats is None else update_stats:
-            moments = moments_for_running(
-                moments,
-                running.mean,
-                shape=x.shape,
-                axis_name=self.axis_name,
-                stats_axis_name=self.stats_axis_name,
-                axis_index_groups=self.axis_index_groups,
-            )
-            new = update_running(
-                running, moments, momentum=self.momentum, debias=self.debias, unbiased_var=self.unbiased_var
-            )
-            write(self, {name: v for name, v in new._asdict().items() if v is not None}, domains)
-        return ending.finish(y)
-
-    def _running(self, x: jax.Array, layout: Layout, domains: Domains) -> RunningStats:
-        mean = read(self.mean, layout, domains)
-        if mean.shape != layout.shape:
+    def _read(self, name: str, shape: tuple[int, ...], x: jax.Array) -> jax.Array | None:
+        """Returns the value of a variable in the given shape, also where it is flat; None where there is none."""
+        variable = getattr(self, name, None)
+        if variable is None:
+            return None
+        value: jax.Array = variable[...]
+        value = value.reshape(shape) if value.shape == (math.prod(shape),) else value
+        if value.shape != shape and name == "mean":
             raise ValueError(
-                f"num_features must be the size of the feature axes {layout.features} of x, {layout.shape}; "
+                f"num_features must be the size of the feature axes {self.axis} of x {x.shape}, {shape}; "
                 f"got num_features={self.num_features}. Check the channel count, or the axis argument."
             )
-        counters = (getattr(self, name, None) for name in ("steps", "skipped"))
-        read_counters = (None if counter is None else read(counter, layout, domains) for counter in counters)
-        running = RunningStats(mean, read(self.var, layout, domains), *read_counters)
-        check_stored(layout.shape, x, **running._asdict())
-        return running
+        _module.check_stored(shape, x, **{name: value})
+        return value
 
-    def _affine(
+    def _step(
         self,
         x: jax.Array,
-        layout: Layout,
         running: RunningStats,
         scale: jax.Array | None,
         bias: jax.Array | None,
-        domains: Domains,
-    ) -> Affine:
-        """The parameters, or what the call gave in their place."""
-        own_scale = None if self.scale is None else read(self.scale, layout, domains)
-        own_bias = None if self.bias is None else read(self.bias, layout, domains)
-        check_stored(layout.shape, x, scale=own_scale, bias=own_bias)
-        scale, bias = own_or_given("scale", own_scale, scale), own_or_given("bias", own_bias, bias)
-        dtype = None if self.dtype is None else output_dtype(self.dtype, x)
-        promote = partial(self.promote_dtype, dtype=dtype)
+        use_running_average: bool | None,
+        mask: jax.Array | None,
+        update_stats: jax.Array | bool | None,
+    ) -> Step:
+        """Calls the functional step with the fields of the module."""
+        evaluates = True
+        if not self.is_constant:
+            evaluates = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
+        output = None if self.dtype is None else dtypes.canonicalize_dtype(x, dtype=self.dtype)
+        promote = partial(self.promote_dtype, dtype=output)
         promoted = jax.eval_shape(promote, (x, running.mean, running.var, scale, bias))
-        return affine_of(x, scale, bias, axis=self.axis, offset=self.scale_offset, dtype=promoted[0].dtype)
+        return batch_norm_step(
+            x,
+            running,
+            scale,
+            bias,
+            variant=self,
+            use_running_average=evaluates,
+            update_stats=self.update_stats if update_stats is None else update_stats,
+            mask=mask,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            stats_axis_name=self.stats_axis_name,
+            dtype=promoted[0].dtype,
+            scale_offset=self.scale_offset,
+            debias=self.debias,
+            unbiased_var=self.unbiased_var,
+        )
 
 
 _WHICH_STATISTICS = (

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from bnjax.functional import Moments, RunningStats, batch_renorm, renorm_d_max, renorm_r_max
-from bnjax.functional._batch_renorm import Limit, limit_at
+from bnjax.functional import renorm_d_max, renorm_r_max
+from bnjax.functional._batch_renorm import Limit, Renorm
 from bnjax.nnx.batch_norm import BatchNorm
 
 
-class BatchRenorm(BatchNorm):
+class BatchRenorm(Renorm, BatchNorm):
     r"""Batch renormalization: training by the batch, corrected towards the running averages.
 
     .. math::
@@ -51,10 +49,3 @@ class BatchRenorm(BatchNorm):
     ):
         self.r_max, self.d_max = r_max, d_max
         super().__init__(num_features, **fields)
-
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        r_max, d_max = limit_at(self.r_max, running.steps), limit_at(self.d_max, running.steps)
-        return batch_renorm(x, running.mean, running.var, r_max=r_max, d_max=d_max, **options)
-
-    def _counts_steps(self) -> bool:
-        return callable(self.r_max) or callable(self.d_max) or super()._counts_steps()

@@ -1,14 +1,10 @@
 """`FrozenBatchNorm` for flax.nnx."""
 
-from typing import Any
-
-import jax
-
-from bnjax.functional import RunningStats, frozen_batch_norm
+from bnjax.functional._frozen_batch_norm import Frozen
 from bnjax.nnx.batch_norm import BatchNorm
 
 
-class FrozenBatchNorm(BatchNorm):
+class FrozenBatchNorm(Frozen, BatchNorm):
     r"""Batch normalization as a constant: for detection and fine-tuning on few images.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -36,28 +32,3 @@ class FrozenBatchNorm(BatchNorm):
     References:
       He, Zhang, Ren & Sun 2016, https://arxiv.org/abs/1512.03385, appendix A.
     """
-
-    def __call__(  # type: ignore[override]
-        self,
-        x: jax.Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-        update_stats: bool | None = None,
-        residual: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalises x.
-
-        Args:
-          x: `[..., C]`.
-          use_running_average, update_stats: what a model says to a `BatchNorm`; without effect.
-          mask: as in :func:`bnjax.frozen_batch_norm`.
-          residual: of the shape of x, added before the activation.
-
-        Returns:
-          y, of the shape of x.
-        """
-        return self._forward(x, True, mask=mask, update_stats=False, scale=None, bias=None, residual=residual)
-
-    def _normalize(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        return frozen_batch_norm(x, running.mean, running.var, **options)

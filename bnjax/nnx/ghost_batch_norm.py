@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from bnjax.functional import Moments, RunningStats, ghost_batch_norm
+from bnjax.functional._ghost_batch_norm import Ghost
 from bnjax.nnx.batch_norm import BatchNorm
 
 
-class GhostBatchNorm(BatchNorm):
+class GhostBatchNorm(Ghost, BatchNorm):
     r"""Batch normalization by the statistics of virtual batches.
 
     .. math:: y_i = \frac{x_i - \mathrm{mean}_l}{\sqrt{\mathrm{var}_l + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -49,12 +47,3 @@ class GhostBatchNorm(BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.num_virtual_batches = num_virtual_batches
         super().__init__(num_features, **fields)
-
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        return ghost_batch_norm(
-            x,
-            virtual_batch_size=self.virtual_batch_size,
-            num_virtual_batches=self.num_virtual_batches,
-            pivot=running.pivot,
-            **options,
-        )

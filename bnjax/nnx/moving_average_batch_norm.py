@@ -6,12 +6,13 @@ from typing import Any
 import jax
 
 from bnjax.functional import Moments, RecentStats, RunningStats, moving_average_batch_norm
+from bnjax.functional._protocol import AboutZero
 from bnjax.functional._running import Momentum
 from bnjax.nnx._gradient_state import OverwriteWithGradient
 from bnjax.nnx.batch_norm import BatchNorm
 
 
-class MovingAverageBatchNorm(BatchNorm):
+class MovingAverageBatchNorm(AboutZero, BatchNorm):
     r"""Batch normalization by the quadratic mean of the last m batches, for batches of one or two examples (MABN).
 
     .. math:: y = r \cdot \frac{x}{\chi} \cdot \mathrm{scale} + \mathrm{bias}
@@ -66,8 +67,10 @@ class MovingAverageBatchNorm(BatchNorm):
         for name, value in RecentStats.start(self.var.shape, buffer_size)._asdict().items():
             setattr(self, f"recent_{name}", OverwriteWithGradient(value))
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
         kept = {name: getattr(self, f"recent_{name}")[...] for name in RecentStats._fields}
         lead = {name: v.shape[: v.ndim - self.var.ndim] for name, v in kept.items()}
         recent = RecentStats(**{name: v.reshape(*lead[name], *running.var.shape) for name, v in kept.items()})
         return moving_average_batch_norm(x, running.var, recent, warmup=self.warmup, r_max=self.r_max, **options)
+
+    averaged_moments = AboutZero.averaged_moments

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.functional import Moments, RunningStats, power_norm
+from bnjax.functional._protocol import AboutZero
 from bnjax.functional._running import Momentum
 from bnjax.nnx._gradient_state import OverwriteWithGradient
 from bnjax.nnx.batch_norm import BatchNorm
 
 
-class PowerNorm(BatchNorm):
+class PowerNorm(AboutZero, BatchNorm):
     r"""Power normalization, for Transformers: a running quadratic mean normalises in training and evaluation alike.
 
     .. math:: y = \frac{x}{\sqrt{\psi^2 + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -58,6 +59,8 @@ class PowerNorm(BatchNorm):
         self.gradient_momentum = gradient_momentum
         self.projection = OverwriteWithGradient(jnp.zeros(self.var.shape, jnp.float32))
 
-    def _batch_norm(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
         projection = self.projection[...].reshape(running.var.shape)
         return power_norm(x, running.var, projection, gradient_momentum=self.gradient_momentum, **options)
+
+    averaged_moments = AboutZero.averaged_moments

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from flax.nnx.module import first_from
 
-from bnjax.functional._domains import Domain, Domains
+from bnjax.functional import Normalization, _module
+from bnjax.functional._split_batch_norm import Domain, at_domain, set_domain, take_row
+from bnjax.nnx._variables import write
 from bnjax.nnx.batch_norm import BatchNorm
 
 
@@ -55,6 +57,10 @@ class SplitBatchNorm(BatchNorm):
         self.num_domains, self.domain, self.shared_affine = num_domains, domain, shared_affine
         super().__init__(num_features, **fields)
 
+    def _make_variables(self, stats_shape: tuple[int, ...], shape: tuple[int, ...], *others: Any) -> None:
+        rows = (self.num_domains, *shape)
+        super()._make_variables(rows, shape if self.shared_affine else rows, *others)
+
     def __call__(
         self,
         x: jax.Array,
@@ -62,36 +68,35 @@ class SplitBatchNorm(BatchNorm):
         *,
         domain: Domain | None = None,
         mask: jax.Array | None = None,
-        update_stats: bool | None = None,
+        update_stats: jax.Array | bool | None = None,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
-        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x, a batch of one domain.
 
         Args:
           x: `[..., C]`.
           domain: which one, 0 to D − 1; a number, or a traced integer; before what the constructor said.
-          use_running_average, mask, update_stats, scale, bias, residual: see :class:`bnjax.nnx.BatchNorm`.
+          use_running_average, mask, update_stats, scale, bias: see :class:`bnjax.nnx.BatchNorm`.
 
         Returns:
-          y, of the shape of x; NaN for a traced domain that is none of the D.
+          y, of the shape of x; NaN for a traced domain outside 0 to D − 1.
         """
         here: Any = first_from(domain, self.domain, error_msg=_WHICH_DOMAIN)  # typed as an object
-        return self._forward(
-            x,
-            use_running_average,
-            mask=mask,
-            update_stats=update_stats,
-            scale=scale,
-            bias=bias,
-            residual=residual,
-            domains=self._domains._replace(here=here),
-        )
+        x, row = _module.prepare(x, self.axis)
+        shape = (self.num_domains, *row)
+        stored = self._running(shape, x)
+        running, own = at_domain(stored, here), row if self.shared_affine else shape
+        scale = _module.choose("scale", self._read("scale", own, x), scale, own, x)
+        bias = _module.choose("bias", self._read("bias", own, x), bias, own, x)
+        scale, bias = (take_row(v, here, shape) for v in (scale, bias))
+        step = self._step(x, running, scale, bias, use_running_average, mask, update_stats)
+        if step.running is not running:
+            write(self, set_domain(stored, here, step.running)._asdict())
+        return step.y
 
-    @property
-    def _domains(self) -> Domains:
-        return Domains(self.num_domains, shared_affine=self.shared_affine)
+    averaged_moments = Normalization.averaged_moments
+    evaluation_affine = Normalization.evaluation_affine
 
 
 _WHICH_DOMAIN = "domain must be given to the constructor or at the call, or set by set_attributes: it says whose rows."

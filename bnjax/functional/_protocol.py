@@ -1,0 +1,168 @@
+"""What a batch normalization layer says about itself, so that every tool can work with it.
+
+The modules of `bnjax.linen` and `bnjax.nnx` derive from `Normalization`. A variant overrides what differs and states
+the rest; the tools in `bnjax.tools` ask the module and know no class by its name.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax.functional._batch_norm import batch_norm
+from bnjax.functional._moments import Moments, batch_moments
+from bnjax.functional._normalize import normalize
+from bnjax.functional._running import RunningStats, needs_steps
+
+
+class Normalization:
+    r"""Describes a layer: how the batch normalises, how the running averages normalise, and what they follow.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
+
+    These are the answers of batch normalization. A variant derives from a module (or from this class, for
+    :func:`bnjax.batch_norm_step`) and overrides them:
+
+    ===================== ============================================================================
+    `normalize_batch`     y by the statistics of the batch, and the moments for the running averages
+    `normalize_running`   y by the running averages
+    `averaged_moments`    the moments of a batch that the running averages follow (recalibrate, inspect)
+    `evaluation_affine`   a and c of y = a·x + c in evaluation (fold, export)
+    `keeps_mean`          False where the running mean is always 0 (converters, inspect)
+    `is_constant`         True where no call and no tool changes the statistics
+    ===================== ============================================================================
+
+    A class that overrides `normalize_batch` must state `averaged_moments` itself, one that overrides
+    `normalize_running` must state `evaluation_affine`, and one that overrides `__call__` both: what they were written
+    for before may be wrong now. Where nothing changed, `averaged_moments = bnjax.Normalization.averaged_moments` says
+    so. A tool refuses a layer that leaves it open.
+
+    Examples:
+      >>> import jax.numpy as jnp, bnjax
+      >>> class RootMeanSquare(bnjax.Normalization):  # divides by √E[x²], without a mean
+      ...     keeps_mean = False
+      ...     def averaged_moments(self, x, **options):
+      ...         m = bnjax.batch_moments(x, **options)
+      ...         return bnjax.Moments(jnp.zeros_like(m.mean), m.var + m.mean**2, m.count)
+      ...     def normalize_batch(self, x, running, *, axis_name=None, axis_index_groups=None, **options):
+      ...         groups = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
+      ...         m = self.averaged_moments(x, axis=options["axis"], mask=options["mask"], **groups)
+      ...         return bnjax.normalize(x, m.mean, m.var, **options), m
+      >>> x, running = jnp.array([[3.0], [4.0]]), bnjax.RunningStats(jnp.zeros(1), jnp.ones(1))
+      >>> step = bnjax.batch_norm_step(x, running, variant=RootMeanSquare(), momentum=0.0)
+      >>> print(jnp.round(step.y, 2).ravel(), step.running.var)
+      [0.85 1.13] [12.5]
+
+    References:
+      Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+
+    keeps_mean = True
+    is_constant = False
+
+    def counts_steps(self) -> bool:
+        """Returns whether the layer needs the counter `RunningStats.steps`."""
+        return needs_steps(getattr(self, "momentum", 0.99), getattr(self, "debias", False))
+
+    def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises x by the statistics of its batch.
+
+        Args:
+          x: `[..., C]`.
+          running: the running averages before this batch, each `[C]`, for variants that use them.
+          options: scale, bias, axis, epsilon, mask, axis_name, axis_index_groups and dtype, as in
+            :func:`bnjax.batch_norm`.
+
+        Returns:
+          y, of the shape of x, and the `Moments` that the running averages take a step towards.
+        """
+        return batch_norm(x, **options)
+
+    def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
+        """Normalises x by the running averages.
+
+        Args:
+          x: `[..., C]`.
+          running: the running averages, each `[C]`.
+          options: scale, bias, axis, epsilon, mask and dtype, as in :func:`bnjax.normalize`.
+
+        Returns:
+          y, of the shape of x.
+        """
+        return normalize(x, running.mean, running.var, **options)
+
+    def averaged_moments(self, x: jax.Array, **options: Any) -> Moments:
+        """Computes the moments of a batch that the running averages follow.
+
+        Moments of parts of the data are merged by :func:`bnjax.merge_moments`, so a layer without a mean returns mean 0
+        and E[x²] as var.
+
+        Args:
+          x: `[..., C]`.
+          options: axis, mask, axis_name and axis_index_groups, as in :func:`bnjax.batch_moments`.
+
+        Returns:
+          `Moments`, each `[C]`.
+        """
+        return batch_moments(x, **options)
+
+    def evaluation_affine(
+        self, running: RunningStats, scale: jax.Array | None, bias: jax.Array | None, epsilon: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns a and c of y = a·x + c, which evaluation computes.
+
+        Args:
+          running: the running averages, each `[C]`.
+          scale: `[C]`, what xhat is multiplied by, or None for 1.
+          bias: `[C]`, or None for 0.
+          epsilon: added to the variance.
+
+        Returns:
+          a and c, each `[C]`.
+        """
+        a = lax.rsqrt(running.var + epsilon)
+        a = a if scale is None else a * scale
+        c = -running.mean * a
+        return a, c if bias is None else c + bias
+
+
+# What a class must state anew, in its own body or below it, once it overrides the method on the left.
+_MUST_STATE = {
+    "normalize_batch": ("averaged_moments",),
+    "normalize_running": ("evaluation_affine",),
+    "__call__": ("averaged_moments", "evaluation_affine"),
+}
+
+
+def unstated(layer: Any) -> str:
+    """Returns what a layer leaves open about itself, as a sentence for an error; empty where it says everything."""
+    if not isinstance(layer, Normalization):
+        return f"{type(layer).__name__} is not a bnjax.Normalization, so that it does not say what it computes."
+    order = type(layer).__mro__
+    defined = {name: next(i for i, c in enumerate(order) if name in vars(c)) for name in _defined_names(layer)}
+    for method, statements in _MUST_STATE.items():
+        for statement in statements:
+            if defined.get(method, len(order)) < defined[statement]:
+                return (
+                    f"{order[defined[method]].__name__} overrides {method} and does not say what this makes of "
+                    f"{statement}. Define {statement} in it, or write {statement} = bnjax.Normalization.{statement} "
+                    "there if it is as in batch normalization."
+                )
+    return ""
+
+
+def _defined_names(layer: Any) -> list[str]:
+    names = {*_MUST_STATE, *(s for statements in _MUST_STATE.values() for s in statements)}
+    return [name for name in names if hasattr(type(layer), name)]
+
+
+class AboutZero(Normalization):
+    """Says what layers without a mean have in common: their averages follow E[x²], in the place of the variance."""
+
+    keeps_mean = False
+
+    def averaged_moments(self, x: jax.Array, **options: Any) -> Moments:
+        """Returns mean 0, and E[x²] = var + mean² as var."""
+        moments = batch_moments(x, **options)
+        return Moments(jnp.zeros_like(moments.mean), moments.var + moments.mean**2, moments.count)
