@@ -11,7 +11,7 @@ read of x and one more all-reduce, in the steps that need it.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,26 +109,40 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     e, square, count = averages(x.astype(dtype), weights, reduction)
     var = jnp.maximum(square - squared(e), 0)
     one = lax.full_like(var, 1)
-    if count == 1.0:  # one row is its own mean, exactly
+    if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
         return Measured(e, jnp.zeros_like(e), jnp.zeros_like(var), one, count)
-    unit = 2.0 ** -(kind.maxexp * 23 // 64)  # 2⁻⁴⁶ in float32: squares of 1e-5 and of 1e30 both fit
     far = ~(squared(e) <= GUARD * (var + floor))  # true for NaN and Inf too
     K = jnp.where(far, _rounded(e), 0)
+    unit = jnp.where(var <= kind.max, one, _shrinking(kind, weights, count))
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
         # The barrier keeps XLA:GPU from making a select of this conditional, which would always run both branches, and
         # x crosses it in its own dtype, because whatever a branch is handed is written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
-        rest, square, _ = averages((wide - reduction.layout.expand(K)) * unit, weights, reduction)
+        centred = (wide - reduction.layout.expand(K)) * reduction.layout.expand(unit)
+        rest, square, _ = averages(centred, _of_sum_one(weights, count, reduction), reduction)
         # The sums are not better than their rounding, so neither is the variance: a constant channel, of whose value K
         # is a few units off, has no variance but that.
         return rest, jnp.maximum(square - squared(rest), squared(rest) * 2.0**-24)
 
     # Channels that are not far keep their first sums, so that none depends on what another one holds. The selection
-    # stands outside of the conditional: inside, XLA could not merge two equal calls, which batch_renorm relies on.
+    # stands outside of the conditional: inside, XLA could not merge two equal calls.
     again = lax.cond(_anywhere(far), about_the_mean, lambda: (e, var))
     e, var = (jnp.where(far, new, old) for new, old in zip(again, (e, var), strict=True))
-    return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), jnp.where(far, unit, one), count)
+    return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), unit, count)
+
+
+def _shrinking(kind: Any, weights: jax.Array | None, count: jax.Array | float) -> jax.Array | float:
+    """Returns the factor for values whose squares, or weighted squares, overflow: 2⁻⁸⁰, or 2⁻³⁰, in float32."""
+    for_values, for_weights = 2.0 ** -(kind.maxexp * 5 // 8), 2.0 ** -(kind.maxexp * 15 // 64)
+    return for_values if weights is None else jnp.where(count > float(kind.max) ** 0.5, for_weights, for_values)
+
+
+def _of_sum_one(weights: jax.Array | None, count: jax.Array | float, reduction: Reduction) -> jax.Array | None:
+    """Returns floating weights divided by their sum, so that huge ones do not overflow; other weights as they are."""
+    if weights is None or weights.dtype == bool:
+        return weights
+    return weights / reduction.layout.expand(jnp.where(count == 0, 1, count))
 
 
 @jax.custom_batching.custom_vmap

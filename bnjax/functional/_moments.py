@@ -114,7 +114,7 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
       mean: the formula's mean of z.
       var: the formula's variance of z.
     """
-    count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, batch.count)
+    count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
     return Moments(
         value_of(batch.K + batch.e / batch.unit, batch.K + mean / rstd),
         value_of(batch.var / batch.unit / batch.unit, var / rstd / rstd),

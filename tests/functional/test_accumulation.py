@@ -184,7 +184,7 @@ def _each_with_its_own(how, norm, x, stats):
 
 @pytest.mark.parametrize("how", ["shard_map", "pmap", "vmap"])
 def test_replicas_that_have_drifted_apart(how):
-    """Each would subtract another pivot. The statistics of the batch are what they are all the same."""
+    """The statistics of the batch do not depend on the running averages, nor on which replica holds which."""
     x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32) + 50
     norm = bnjax.BatchNorm(use_running_average=False, momentum=0.0, axis_name="data", use_scale=False, use_bias=False)
     stats = dict(mean=40 + jnp.arange(24.0).reshape(8, 3), var=jnp.ones((8, 3)))

@@ -56,26 +56,6 @@ def test_batch_moments_agree_with_batch_norm(case):
         assert a.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("distance", [0.0, 0.3, 100.0])
-def test_the_pivot_changes_rounding_only(case, distance):
-    x, scale, bias, dy, mask = arrays = case.arrays()
-    want = expected(case, arrays)
-    if mask is not None and not np.any(mask):
-        return  # the mean of nothing is the pivot, by definition: see test_nobody
-    pivot = jnp.asarray(want.statistics.mean + distance, jnp.float32)
-    y, moments = bnjax.batch_norm(x, scale, bias, axis=case.axis, mask=mask, pivot=pivot, dtype=jnp.float32)
-    assert_close(moments.mean, want.statistics.mean, tolerance(case), 1 + abs(case.offset), "mean")
-    assert_close(moments.var, want.statistics.var, tolerance(case) * 16, what="var")
-    assert_close(y, want.y, _y_tolerance(case), what="y")
-
-
-def test_no_gradient_flows_to_the_pivot():
-    x, scale, bias, _, _ = CASES[0].arrays()
-    gradient = jax.grad(lambda p: bnjax.batch_norm(x, scale, bias, pivot=p)[0].sum())(jnp.ones(3))
-    assert not np.any(gradient)
-
-
 def test_nobody():
     """With no weight anywhere: statistics untouched, output and gradients finite."""
     x = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]])

@@ -1,7 +1,5 @@
 """Running averages: momentum by number, schedule or none; debiased; unbiased variance. Each against its own formula."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,28 +219,6 @@ def test_debias_of_a_schedule_is_refused(layer):
 def test_momentum_outside_its_range_is_refused(layer, momentum, debias):
     with pytest.raises(ValueError, match="weight of the OLD"):
         layer(momentum=momentum, debias=debias)(batches()[0])
-
-
-@pytest.mark.parametrize("api", LAYERS)
-def test_the_running_mean_is_the_pivot(api, monkeypatch):
-    """It changes what a batch far from zero costs, not its values: so look at what the core is given."""
-    module, pivots = importlib.import_module(f"bnjax.{api}.batch_norm"), []
-
-    def spy(*args, pivot=None, **options):
-        pivots.append(pivot)
-        return bnjax.batch_norm(*args, pivot=pivot, **options)
-
-    norm, x = LAYERS[api]((ROWS, C), momentum=0.0), batches()[0] + 100
-    monkeypatch.setattr(module, "batch_norm", spy)
-    norm(x)
-    norm(x)
-    np.testing.assert_array_equal(pivots[0], np.zeros(C))
-    assert_close(pivots[1], x.mean(0, dtype=np.float64), TOL)
-
-
-def test_the_pivot_is_the_mean_where_it_lies_beyond_two_standard_deviations():
-    running = bnjax.RunningStats(jnp.array([1.0, 3.0, 3.0, -5.0, 0.1]), jnp.array([1.0, 1.0, 4.0, 4.0, 0.0]))
-    np.testing.assert_array_equal(running.pivot, np.float32([0, 3, 0, -5, 0.1]))
 
 
 def test_an_empty_part_takes_no_part_in_what_is_pooled():

@@ -106,19 +106,6 @@ def test_transformed(variant):
         assert_close(jax.vmap(lambda x: slope(train, x))(several), wanted_dx, EXACT, what="dx, mapped")
 
 
-@rows
-def test_activation_and_residual(variant):
-    """act(y + residual), as if they followed: in training and in evaluation."""
-    x, scale, bias, dy, mask, running = draw(variant, MASKED)
-    options = dict(axis=MASKED.axis, mask=mask)
-    y, _ = variant.train(x, scale, bias, running, **options)
-    ended, _ = variant.train(x, scale, bias, running, **options, activation=jax.nn.relu, residual=dy)
-    assert_close(ended, jax.nn.relu(y + dy), tolerance(MASKED), what="training")
-    arguments, ending = (x, *running[:2], scale, bias), dict(activation=jax.nn.relu, residual=dy)
-    y, ended = (variant.evaluate(*arguments, axis=MASKED.axis, **e) for e in ({}, ending))
-    assert_close(ended, jax.nn.relu(y + dy), tolerance(MASKED), what="evaluation")
-
-
 @pytest.mark.parametrize("mode", ["one_device", "jit", "shard_map_vma", "shard_map_no_vma", "vmap"])
 @rows
 def test_spread_over_devices(variant, mode):

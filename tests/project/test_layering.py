@@ -68,7 +68,7 @@ def test_nothing_is_pickled():
 
 def test_options_are_keyword_only():
     """Arrays may be given by position; what says how, by name."""
-    options = {"axis", "mask", "pivot", "axis_name", "axis_index_groups", "dtype", "activation", "residual", "momentum"}
+    options = {"axis", "mask", "axis_name", "axis_index_groups", "dtype", "momentum"}
     for name, function in {**vars(bnjax), **vars(bnjax.functional), **vars(bnjax.tools)}.items():
         if name.startswith("_") or not inspect.isfunction(function):
             continue

@@ -21,7 +21,7 @@ MOMENTUM = 0.9
 
 def train(x, scale, bias, running, **options):
     """What is spread: y, and a dict of statistics that all devices share."""
-    y, moments = bnjax.batch_norm(x, scale, bias, pivot=running.mean, **options)
+    y, moments = bnjax.batch_norm(x, scale, bias, **options)
     return y, dict(moments=moments, running=bnjax.update_running(running, moments, momentum=MOMENTUM))
 
 

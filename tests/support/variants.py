@@ -52,7 +52,7 @@ def updating(function, **own):
     """`train` of a functional variant that returns y and moments: the usual update of the running averages follows."""
 
     def train(x, scale, bias, running, **options):
-        y, moments = function(x, scale, bias, pivot=running.pivot, **own, **options)
+        y, moments = function(x, scale, bias, **own, **options)
         return y, bnjax.update_running(running, moments, momentum=MOMENTUM)
 
     return train
@@ -113,7 +113,7 @@ def _split(x, scale, bias, running, features, mask, affine=lambda v: v[DOMAIN]):
 
 
 def _train_split(x, scale, bias, running, **options):
-    y, moments = bnjax.functional.split_batch_norm(x, DOMAIN, scale, bias, pivot=running.mean, **options)
+    y, moments = bnjax.functional.split_batch_norm(x, DOMAIN, scale, bias, **options)
     return y, bnjax.functional.update_split_running(running, moments, DOMAIN, momentum=MOMENTUM)
 
 
