@@ -3,7 +3,6 @@
 Command:  python -m experiments.bench.readme             # writes them; --check says whether they are up to date
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from experiments.bench.clock.scaling import fits, paper
 
@@ -124,10 +124,12 @@ def updated(text: str, tables: Tables = TABLES) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a README is out of date")
-    check = parser.parse_args().check
+def main(check: bool = False) -> None:
+    """Writes the tables of both pages.
+
+    Args:
+        check: write nothing, and end with status 1 where a page is out of date.
+    """
     for file, tables in PAGES.items():
         text = file.read_text()
         if check and updated(text, tables) != text:
@@ -137,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -4,11 +4,11 @@
 """
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -97,5 +97,15 @@ def values(lines: list[Line], name: str) -> np.ndarray:
     return np.array([line[name] for line in lines], float)
 
 
+def main(metrics: tyro.conf.Positional[Path], curves: tyro.conf.Positional[Path]) -> None:
+    """Draws the curves of a run again.
+
+    Args:
+        metrics: JSON lines of a run, metrics.jsonl.
+        curves: the picture to write.
+    """
+    draw(read_lines(metrics), curves)
+
+
 if __name__ == "__main__":
-    draw(read_lines(Path(sys.argv[1])), Path(sys.argv[2]))
+    tyro.cli(main)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import optax
@@ -11,19 +10,22 @@ import pytest
 from experiments.data.images import Labelled, Splits
 from experiments.models.convolutional import ConvNet, Unnormalised
 from experiments.repro import study as repro
-from tests.support.programs import finish, start
+from tests.support.programs import ROOT, finish, start
 
-PROGRAMS = [*Path(repro.__file__).parent.glob("*.py")]
-STUDIES = sorted(path.stem for path in PROGRAMS if "\nSTUDY = " in path.read_text())
+STUDIES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.glob("experiments/**/*.py")
+    if "\nSTUDY = " in path.read_text()
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke(name, tmp_path):
     """As a program, into a picture and a table; and a second time from its lines alone."""
-    out = finish(start("--smoke", "--out", tmp_path, module=f"experiments.repro.{name}"))
-    file = tmp_path / "smoke" / f"{name}.jsonl"
-    study = importlib.import_module(f"experiments.repro.{name}").STUDY
+    out = finish(start("--smoke", "--out", tmp_path, module=name))
+    study = importlib.import_module(name).STUDY
+    file = tmp_path / "smoke" / f"{study.name}.jsonl"
     lines = repro.read(file)
     assert {line["setting"] for line in lines} == set(study.settings)
     assert study.table(lines) in out and file.with_suffix(".md").read_text().strip() == study.table(lines)

@@ -9,12 +9,12 @@ each time. All of them must run the same collectives in the same order, so that 
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,8 +91,13 @@ def join(address: str, processes: int, index: int) -> None:
     jax.distributed.initialize(address, processes, index, **options)
 
 
-def main() -> None:
-    todo = json.loads(sys.argv[1])
+def main(work: tyro.conf.Positional[str]) -> None:
+    """Prints a JSON line for each time.
+
+    Args:
+        work: what is measured, as JSON: cases, meshes and rounds; of several processes also address, processes, index.
+    """
+    todo = json.loads(work)
     several = todo.get("processes", 1) > 1
     jax.config.update("jax_num_cpu_devices", 1 if several else max(todo["meshes"]))
     if several:
@@ -103,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

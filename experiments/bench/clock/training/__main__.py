@@ -22,19 +22,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.bench.clock import peers  # before JAX: settings for PyTorch's threads
+import jax
+import jax.numpy as jnp
+import tyro
+from tqdm import tqdm
+
+from experiments.bench.clock import peers
+from experiments.bench.clock.layers import versions
+from experiments.bench.clock.timing import Seconds, interleaved
 from experiments.bench.clock.training import imports as training_imports
+from experiments.bench.clock.training import resnet20
 from experiments.bench.clock.training import steps as training_steps
-
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import tyro  # isort: skip
-from tqdm import tqdm  # isort: skip
-
-from experiments.bench.clock.training import resnet20  # isort: skip
-from experiments.bench.clock.layers import versions  # isort: skip
-from experiments.bench.clock.timing import Seconds, interleaved  # isort: skip
-from experiments.bench.compiled.memory import SEQUENTIAL  # isort: skip
+from experiments.bench.compiled.memory import SEQUENTIAL
 
 BATCHES = {"resnet20": (128, 32, 10), "resnet50": (8, 224, 1000)}  # images, their width, classes
 QUICK = {"resnet20": (16, 16, 10), "resnet50": (4, 64, 1000)}
