@@ -4,7 +4,7 @@ Claim:    Micro-batches over a mapped axis with rematerialised blocks give the g
           thirds of the memory, for one more forward pass (compiled for TPU v5e, not run).
 Command:  python -m experiments.bench.compiled.accumulation  # needs pip install "bnjax[aot]"
 Hardware: 2 CPU cores; the program is compiled for one v5e chip, and the figures are its compiler's
-Time:     20 s
+Time:     2 min
 """
 
 from collections.abc import Callable

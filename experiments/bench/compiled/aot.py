@@ -12,7 +12,6 @@ stages.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,10 +29,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from experiments import jsonl
+from experiments.bench import report
 from experiments.bench.compiled import hlo, networks
 from experiments.bench.compiled.targets import TARGETS, devices_of, require
 
-RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
+RESULTS = report.RESULTS / "aot.jsonl"
 TRAIN = dict(use_running_average=False, dtype=jnp.bfloat16)
 NORMS = {
     "bnjax": partial(bnjax.BatchNorm, **TRAIN),
@@ -173,9 +174,9 @@ def main(config: Config) -> None:
 def keep(found: list[dict[str, Any]], out: Path) -> None:
     """Puts the rows into the results, in the place of older ones of the same program, norm and target."""
     key = lambda row: (row["program"], row["target"], row["norm"])  # noqa: E731
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    old = jsonl.read(out) if out.exists() else []
     kept = {key(row): row for row in [*old, *found]}
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    jsonl.write(out, kept.values())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false; as an option o
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,7 @@ import tyro
 from jax.sharding import SingleDeviceSharding
 
 import bnjax
+from experiments import jsonl
 from experiments.bench.compiled.targets import devices_of, require
 
 SEQUENTIAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     for target in config.targets:
         for dtype in config.dtypes:
             for norm in NORMS:
-                print(json.dumps(measure(norm, target, dtype)), flush=True)
+                print(jsonl.text(measure(norm, target, dtype)), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 import tyro
 from jax.sharding import Mesh
 
-from experiments.bench import readme
+from experiments import jsonl
+from experiments.bench import readme, report
 from experiments.bench.clock.scaling import __main__ as scaling
 from experiments.bench.clock.scaling import fits as scaling_fits
 from experiments.bench.clock.scaling import paper
@@ -119,7 +120,7 @@ def test_the_model_of_pods():
 
 
 def test_the_page_is_up_to_date():
-    page = readme.ROOT / "experiments" / "bench" / "README.md"
+    page = report.ROOT / "experiments" / "bench" / "README.md"
     assert readme.updated(page.read_text(), readme.PAGES[page]) == page.read_text(), "run experiments.bench.readme"
 
 
@@ -129,6 +130,6 @@ def test_the_option_that_prints_the_model(capsys):
 
 
 def test_lines_of_the_results_have_what_the_tables_need():
-    about, *rows = scaling_fits.read(readme.RESULTS / "scaling.jsonl")
+    about, *rows = jsonl.read(report.RESULTS / "scaling.jsonl")
     assert about["sizes"] in ("full", "quick")
     assert {row["sweep"] for row in rows} == set(scaling_fits.SWEEPS)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from experiments import jsonl
 from experiments.bench.clock.timing import Run, interleaved
 
 CHAIN = 16  # all-reduces in one program, so that starting it does not count
@@ -104,7 +105,7 @@ def main(work: tyro.conf.Positional[str]) -> None:
         join(todo["address"], todo["processes"], todo["index"])
     for row in measure(todo["cases"], todo["meshes"], todo["rounds"]):
         if jax.process_index() == 0:
-            print(json.dumps(row), flush=True)
+            print(jsonl.text(row), end="", flush=True)
 
 
 if __name__ == "__main__":
