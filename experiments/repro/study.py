@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from experiments import jsonl
 from experiments.data.images import Labelled, Splits, load
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError
 from experiments.jsonl import Line
 from experiments.train.config import Files, Hardware
 from experiments.train.devices import data_mesh, describe, start
 from experiments.train.loop import (
-    Batch,
     Inputs,
     Partition,
     TrainState,

@@ -12,14 +12,13 @@ import pytest
 
 from experiments import jsonl
 from experiments.data.images import embedded_digits
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import RunError
 from experiments.train import nonfinite
 from experiments.train.__main__ import build_model
 from experiments.train.config import Training
 from experiments.train.devices import data_mesh
 from experiments.train.loop import (
-    Batch,
     Metrics,
     chunks,
     create_state,

@@ -44,8 +44,6 @@ NORMS = {
 PROGRAMS = {  # network, shape of a chip's input, targets
     "layer": (networks.Layer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
     "layer, masked": (networks.MaskedLayer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
-    "2 conv-BN-ReLU": (networks.ConvNormRelu, (512, 56, 56, 128), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
-    "2 bottlenecks": (networks.TwoBottlenecks, (512, 56, 56, 256), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
     # v6e comes last: there libtpu 0.0.42 dies of flax.linen's step, and the process with it.
     "ResNet-50 step": (networks.ResNet50, (256, 224, 224, 3), ("v5e:2x2", "h100", "4xh100", "v6e:2x2")),
 }
