@@ -29,8 +29,7 @@ import tyro
 from experiments import jsonl
 from experiments.bench import report
 from experiments.bench.clock import peers
-from experiments.bench.clock.scaling import fits
-from experiments.bench.clock.scaling import paper as scaling_paper
+from experiments.bench.clock.scaling import fits, paper
 from experiments.bench.clock.timing import interleaved
 
 MODE = "forward + backward"
@@ -156,7 +155,7 @@ def show(row: dict[str, Any]) -> str:
 
 def main(config: Config) -> None:
     if config.paper:
-        print(scaling_paper.table())
+        print(paper.table())
         return
     about = report.versions() | {"sizes": "quick" if config.quick else "full"}
     lines = [about, *report.shown(measure(QUICK if config.quick else FULL), show)]
