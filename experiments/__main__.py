@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parent
 CLAIM = re.compile(r"^Claim:((?:.|\n(?= ))+)", re.MULTILINE)  # its first line, and those that are indented
 
@@ -36,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

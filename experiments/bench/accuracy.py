@@ -7,11 +7,10 @@ Time:     60 s
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import tyro
 from flax import nnx
 
 import bnjax
+from experiments.bench import report
 
 EPSILON = 1e-5
 RATIOS = (0.0, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)  # mean/std of every channel
@@ -35,9 +35,9 @@ HALF_MAX = 65504.0
 class Config:
     """What is measured, and where it goes."""
 
-    out: Path = Path(__file__).parent / "results"
+    out: Path = report.RESULTS
     """Folder of accuracy.jsonl and accuracy.md."""
-    picture: Path = Path(__file__).parents[2] / "docs" / "assets" / "accuracy.png"
+    picture: Path = report.ROOT / "docs" / "assets" / "accuracy.png"
     """The errors of y and dx by mean/std."""
     quick: bool = False
     """Three ratios in float32 only; nothing is written."""
@@ -167,11 +167,11 @@ COLUMNS = ("mean", "var", "y", "dx")
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line per dtype, ratio, step and implementation."""
-    lines = ["| dtype | mean/std | step | implementation | mean | var | y | dx |", "|---|---|---|---|---|---|---|---|"]
+    lines = []
     for row in rows:
-        cells = " | ".join("NaN" if np.isnan(row[c]) else f"{row[c]:.0e}" for c in COLUMNS)
-        lines.append(f"| {row['dtype']} | {row['ratio']:g} | {row['step']} | {row['peer']} | {cells} |")
-    return "\n".join(lines)
+        cells = ("NaN" if np.isnan(row[c]) else f"{row[c]:.0e}" for c in COLUMNS)
+        lines.append((row["dtype"], f"{row['ratio']:g}", row["step"], row["peer"], *cells))
+    return report.table(("dtype", "mean/std", "step", "implementation", *COLUMNS), lines)
 
 
 STYLES = {
@@ -197,38 +197,24 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def committed(config: Config) -> list[dict[str, Any]]:
-    """The lines of the last run."""
-    lines = [json.loads(line) for line in (config.out / "accuracy.jsonl").read_text().splitlines()]
-    return [line for line in lines if "peer" in line]
-
-
-def versions() -> dict[str, str]:
-    names = [n for n in ("jax", "flax", "torch", "numpy") if util.find_spec(n)]
-    return {name: metadata.version(name) for name in names}
-
-
 def main(config: Config) -> None:
+    """Measures, prints, and keeps rows, page and picture."""
     if config.redraw:
-        return plot(committed(config), config.picture)
-    rows = []
-    for row in measure(config):
-        rows.append(row)
-        print(f"{row['dtype']:9s} {row['ratio']:8g} {row['step']:7s} {row['peer']:21s}", end="")
-        print("  ".join(f"{c} {row[c]:.1e}" for c in COLUMNS))
-    if config.quick:
-        return
-    config.out.mkdir(parents=True, exist_ok=True)
-    lines = [dict(kind="versions", **versions()), *rows]
-    (config.out / "accuracy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (config.out / "accuracy.md").write_text(_document(rows))
-    plot(rows, config.picture)
-    print(f"\nwritten: {config.out / 'accuracy.jsonl'}, {config.out / 'accuracy.md'}, {config.picture}")
+        return plot(report.read("accuracy"), config.picture)
+    rows = report.shown(measure(config), show)
+    if not config.quick:
+        report.keep(rows, config.out, "accuracy", "Accuracy against float64", INTRODUCTION.format(SHAPE) + table(rows))
+        plot(rows, config.picture)
 
 
-INTRODUCTION = """# Accuracy against float64
+def show(row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    errors = "  ".join(f"{c} {row[c]:.1e}" for c in COLUMNS)
+    return f"{row['dtype']:9s} {row['ratio']:8g} {row['step']:7s} {row['peer']:21s}{errors}"
 
-Made by `python -m experiments.bench.accuracy` with {versions}; x of shape {shape}.
+
+INTRODUCTION = """\
+x has the shape {}.
 
 Largest error over all channels: of the mean in standard deviations, of the variance relative to var + ε, of y absolute,
 of dx relative to its largest value; y and dx of half-precision input include rounding to half precision where the
@@ -236,11 +222,6 @@ implementation returns it. "first" is the first training step (running mean 0), 
 of the batch's. A variance error of 1 means that nothing is left of it.
 
 """
-
-
-def _document(rows: list[dict[str, Any]]) -> str:
-    made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return INTRODUCTION.format(versions=made, shape=SHAPE) + table(rows) + "\n"
 
 
 if __name__ == "__main__":

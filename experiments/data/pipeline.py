@@ -15,6 +15,7 @@ from grain.sharding import NoSharding, ShardOptions
 from experiments.data.images import Labelled
 
 Record = dict[str, Any]
+Batch = dict[str, Any]  # "label", "weight" and what the model takes, each `[N, ...]`
 WHOLE = NoSharding()
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.train.loop import Batch
+from experiments.data.pipeline import Batch
 
 PADDING = 0
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # token 1 is the newline, with which a line begins and ends

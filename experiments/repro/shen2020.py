@@ -29,10 +29,11 @@ from matplotlib.figure import Figure
 from bnjax.linen import BatchNorm, PowerNorm
 from bnjax.tools import recalibrate
 from experiments.data import text
+from experiments.data.pipeline import Batch
 from experiments.models.sequential import LSTM, Transformer, layer_norm
 from experiments.repro import study
 from experiments.train.devices import data_mesh
-from experiments.train.loop import Batch, TrainState, count, evaluate, make_eval_step
+from experiments.train.loop import TrainState, count, evaluate, make_eval_step
 
 LONGEST, BATCH, RATE, TIMES = 64, 32, 3e-3, (1, 2, 4)
 MODELS = {"Transformer": Transformer, "LSTM": LSTM}

@@ -6,7 +6,6 @@ it is over, so that a study which was stopped goes on with the trials that are m
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +24,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from experiments import jsonl
 from experiments.data.images import Labelled, Splits, load
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError
+from experiments.jsonl import Line
 from experiments.train.config import Files, Hardware
 from experiments.train.devices import data_mesh, describe, start
 from experiments.train.loop import (
-    Batch,
     Inputs,
     Partition,
     TrainState,
@@ -43,7 +43,6 @@ from experiments.train.loop import (
     make_train_step,
 )
 
-Line = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -121,8 +120,8 @@ def _run(study: Study, config: Config) -> None:
         which, wall, cpu = {"setting": setting, "seed": seed}, time.perf_counter(), time.process_time()
         lines = [{**which, **line} for line in study.trial(setting, seed, config)]
         took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        _write(file, [*lines, {**which, "kind": "trial", **took, **describe(data_mesh(study.devices))}], "a")
-    lines = read(file)
+        jsonl.append(file, [*lines, {**which, "kind": "trial", **took, **describe(data_mesh(study.devices))}])
+    lines = jsonl.read(file)
     table = study.table(lines)
     file.with_suffix(".md").write_text(f"{table}\n")
     figure = Figure(figsize=study.size, layout="constrained")
@@ -140,19 +139,14 @@ def _took(lines: list[Line]) -> str:
 def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, int]]:
     """The trials that the file does not hold yet, with a bar that counts them; it keeps no line of a torn one."""
     seeds = 1 if config.smoke else config.seeds
-    lines = read(file) if file.exists() else []
+    lines = jsonl.read(file) if file.exists() else []
     done = {(line["setting"], line["seed"]) for line in lines if line["kind"] == "trial"}
-    _write(file, [line for line in lines if (line["setting"], line["seed"]) in done], "w")
+    jsonl.write(file, [line for line in lines if (line["setting"], line["seed"]) in done])
     trials = [(setting, seed) for seed in range(seeds) for setting in study.settings]
     missing = [trial for trial in trials if trial not in done]
     if not missing:
         print(f"{file} holds all {len(trials)} trials: drawn from these. --out FOLDER runs them anew", file=sys.stderr)
     yield from tqdm(missing, desc=study.name, unit="trial", file=sys.stderr)
-
-
-def _write(file: Path, lines: list[Line], mode: str) -> None:
-    with file.open(mode) as out:
-        out.write("".join(json.dumps(line, default=_plain) + "\n" for line in lines))
 
 
 def pictures(config: Config) -> Splits:
@@ -230,17 +224,6 @@ def scorer(model: nn.Module, inputs: Inputs = images) -> Callable[[TrainState, L
     return lambda state, data: evaluate(step, state, evaluation_batches(data, 500), mesh)
 
 
-def read(file: Path) -> list[Line]:
-    """The lines of whole trials; what a stop left of the last line is no line."""
-    lines = []
-    for text in file.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def curves(lines: list[Line], setting: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     """x `[T]`, and y of every seed `[seeds, T]`, of the lines of a setting that have both."""
     here = [line for line in lines if line["setting"] == setting and y in line]
@@ -266,7 +249,3 @@ def band(axes: Any, x: np.ndarray, y: np.ndarray, label: str, **style: Any) -> N
     """The mean over seeds, and where they all lie."""
     (line,) = axes.plot(x, y.mean(0), label=label, **style)
     axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
-
-
-def _plain(value: Any) -> Any:
-    return np.asarray(value).tolist()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from bnjax.linen import BatchNorm
 from bnjax.tools import inspect
+from experiments import jsonl
 from experiments.data.images import Splits, load
 from experiments.data.pipeline import evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
@@ -57,7 +58,6 @@ from experiments.train.records import (
     METRICS,
     Recorder,
     check_resumable,
-    read_lines,
     run_folder,
     written,
 )
@@ -223,7 +223,7 @@ def summary(folder: Path, total: int, seconds: float) -> str:
     """Draws the curves and says how the run ended and where it is."""
     if not is_first_process():
         return f"process {jax.process_index()} is done"
-    lines = read_lines(folder / METRICS)
+    lines = jsonl.read(folder / METRICS)
     draw(lines, folder / CURVES)
     step = max(line["step"] for line in lines)
     where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, {EVENTS}/, {CHECKPOINTS}/"

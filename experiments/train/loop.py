@@ -12,11 +12,11 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from experiments.data.pipeline import Batch
 from experiments.errors import ConfigError
 from experiments.train.devices import DATA, replicated, split
 from experiments.train.nonfinite import skipped, unless_skipped, value_and_grad
 
-Batch = dict[str, Any]
 Metrics = dict[str, Any]
 Partition = Literal["shard_map", "jit"]
 Observe = Callable[["TrainState", Any], Metrics]

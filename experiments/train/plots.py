@@ -4,22 +4,22 @@
 """
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.train.records import Line, read_lines
+from experiments import jsonl
 
 SMOOTHING = 1 / 40  # of the run: the window of the moving average
 LEGEND = 6  # layers that a legend can name
 
 
-def draw(lines: list[Line], png: Path) -> None:
+def draw(lines: list[jsonl.Line], png: Path) -> None:
     """Writes the curves of the run with these metrics to `png`."""
     train, test = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -37,20 +37,20 @@ def draw(lines: list[Line], png: Path) -> None:
     figure.savefig(png, dpi=120)
 
 
-def title(lines: list[Line]) -> str:
+def title(lines: list[jsonl.Line]) -> str:
     """What was trained, and where."""
     training, hardware = lines[0]["config"]["training"], lines[0]["hardware"]
     return f"{training['data']}, batch {training['batch_size']}, {hardware['devices']} × {hardware['device_kind']}"
 
 
-def draw_metric(axes: Axes, train: list[Line], test: list[Line], name: str, label: str) -> None:
+def draw_metric(axes: Axes, train: list[jsonl.Line], test: list[jsonl.Line], name: str, label: str) -> None:
     """The training curve, smoothed, and the test values as points."""
     draw_smooth(axes, steps(train), values(train, name), "training batches, moving average", "C0")
     axes.plot(steps(test), values(test, name), "o-", color="C1", markersize=3.5, label="test images, running averages")
     finish(axes, label, label)
 
 
-def draw_drift(axes: Axes, train: list[Line], moment: str, heading: str, label: str) -> None:
+def draw_drift(axes: Axes, train: list[jsonl.Line], moment: str, heading: str, label: str) -> None:
     """One curve per layer; of a deep network from dark to bright, and the legend has three of them."""
     layers = sorted(train[0].get("drift", ()) if train else (), key=in_order)
     deep = len(layers) > LEGEND
@@ -87,15 +87,25 @@ def draw_smooth(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, col
     axes.plot(x[window - 1 :], smooth, color=color, label=label)
 
 
-def steps(lines: list[Line]) -> np.ndarray:
+def steps(lines: list[jsonl.Line]) -> np.ndarray:
     """The step of each line."""
     return np.array([line["step"] for line in lines])
 
 
-def values(lines: list[Line], name: str) -> np.ndarray:
+def values(lines: list[jsonl.Line], name: str) -> np.ndarray:
     """One number of each line; null becomes NaN."""
     return np.array([line[name] for line in lines], float)
 
 
+def main(metrics: tyro.conf.Positional[Path], curves: tyro.conf.Positional[Path]) -> None:
+    """Draws the curves of a run again.
+
+    Args:
+        metrics: JSON lines of a run, metrics.jsonl.
+        curves: the picture to write.
+    """
+    draw(jsonl.read(metrics), curves)
+
+
 if __name__ == "__main__":
-    draw(read_lines(Path(sys.argv[1])), Path(sys.argv[2]))
+    tyro.cli(main)

@@ -1,7 +1,5 @@
 """The folder of a run and what is written there while it trains: JSON lines and TensorBoard events."""
 
-import json
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -17,10 +15,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from experiments import jsonl
 from experiments.errors import ConfigError, RunError
 
 METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "tensorboard", "checkpoints"
-Line = dict[str, Any]
+DIGITS = 6  # of a number in the metrics
 
 
 def run_folder(runs: Path, out: Path | None, resume: bool) -> tuple[Path, bool]:
@@ -47,7 +46,7 @@ def run_folder(runs: Path, out: Path | None, resume: bool) -> tuple[Path, bool]:
 
 def has_begun(folder: Path) -> bool:
     """Whether the first line of the metrics is there: all that a resume needs, with or without a checkpoint."""
-    return (folder / METRICS).is_file() and bool(read_lines(folder / METRICS))
+    return (folder / METRICS).is_file() and bool(jsonl.read(folder / METRICS))
 
 
 def check_free(folder: Path, resume: bool) -> None:
@@ -113,8 +112,8 @@ class Recorder:
         if not self._path.exists():  # an open file goes on taking lines after its folder is gone
             raise FileNotFoundError(f"{self._path} has vanished")
 
-    def _append(self, line: Line) -> None:
-        self._lines.write(json.dumps(plain(line), allow_nan=False) + "\n")
+    def _append(self, line: jsonl.Line) -> None:
+        self._lines.write(jsonl.text(line, digits=DIGITS))
 
 
 class Events:
@@ -144,32 +143,14 @@ class Events:
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON knows it: numbers of six digits, null for what is not finite, text for paths."""
-    if isinstance(value, Mapping):
-        return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, (float, np.floating, np.ndarray)):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The lines of a metrics file, without a last one that a crash cut short."""
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def truncate(path: Path, step: int) -> None:
     """Takes away the lines beyond `step`, in one atomic replacement."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    shorter.replace(path)
+    jsonl.write(path, [line for line in jsonl.read(path) if line["step"] <= step])
 
 
 def check_resumable(folder: Path, config: Mapping[str, Any]) -> None:
     """A resumed run must train as it began: compares `config` with the first line of its metrics."""
-    recorded, wanted = fixed(read_lines(folder / METRICS)[0]["config"]), fixed(plain(config))
+    recorded, wanted = fixed(jsonl.read(folder / METRICS)[0]["config"]), fixed(jsonl.plain(config, DIGITS))
     if different := sorted(name for name in recorded.keys() | wanted.keys() if recorded.get(name) != wanted.get(name)):
         changes = ", ".join(f"{name} {recorded.get(name)} → {wanted.get(name)}" for name in different)
         raise ConfigError(

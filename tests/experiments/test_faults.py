@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.train.records import has_begun, read_lines
+from experiments import jsonl
+from experiments.train.records import has_begun
 from tests.support.programs import assert_same_run, committed, compilation_cache, finish, learning, start, write_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -59,7 +60,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
 
 def starts(out: Path) -> list[int]:
     """The step of each start that got so far as to write its first line."""
-    lines = read_lines(out / "metrics.jsonl") if has_begun(out) else []
+    lines = jsonl.read(out / "metrics.jsonl") if has_begun(out) else []
     return [line["step"] for line in lines if line["kind"] in ("config", "resume")]
 
 

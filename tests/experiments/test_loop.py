@@ -14,7 +14,7 @@ import pytest
 from bnjax.linen import BatchNorm, MovingAverageBatchNorm
 from bnjax.tools import decay_mask
 from experiments.data.images import Labelled
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
 from experiments.models.convolutional import ConvNet, ResNet20, max_pool, shortcut
 from experiments.train.config import Config, Hardware, Training, check_split, validate
@@ -22,7 +22,6 @@ from experiments.train.devices import data_mesh, replicated
 from experiments.train.drift import drift
 from experiments.train.fingerprint import fingerprint
 from experiments.train.loop import (
-    Batch,
     Metrics,
     TrainState,
     axis_name,

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import jsonl
 from experiments.data.images import embedded_digits
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import RunError
 from experiments.train import nonfinite
 from experiments.train.__main__ import build_model
 from experiments.train.config import Training
 from experiments.train.devices import data_mesh
 from experiments.train.loop import (
-    Batch,
     Metrics,
     chunks,
     create_state,
@@ -27,7 +27,6 @@ from experiments.train.loop import (
     make_train_step,
 )
 from experiments.train.optimizer import adamw, warmup_cosine
-from experiments.train.records import read_lines
 from tests.support.programs import finish, start, write_images
 
 BATCH, EPOCHS = 64, 12
@@ -158,7 +157,7 @@ def test_the_program_in_float16_says_what_it_left_out(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", train=64, test=16)
     options = ["--data", "fashion-mnist", "--data-dir", images, "--batch-size", 16, "--width", 2, "--epochs", 2]
     text = finish(start(*options, "--precision", "float16", "--out", tmp_path / "out"))
-    skipped = sum(line.get("skipped", 0) > 0 for line in read_lines(tmp_path / "out" / "metrics.jsonl"))
+    skipped = sum(line.get("skipped", 0) > 0 for line in jsonl.read(tmp_path / "out" / "metrics.jsonl"))
     assert (f"of which {skipped} without a finite gradient left out" in text) == (skipped > 0)
     text = finish(start(*options, "--lr", "1e38", "--skip-nonfinite", 2, "--out", tmp_path / "lost"), status=1)
     assert re.search(r"error: no finite gradient in 3 steps in a row, up to step \d", text)

@@ -2,29 +2,32 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import optax
 import pytest
 
+from experiments import jsonl
 from experiments.data.images import Labelled, Splits
 from experiments.models.convolutional import ConvNet, Unnormalised
 from experiments.repro import study as repro
-from tests.support.programs import finish, start
+from tests.support.programs import ROOT, finish, start
 
-PROGRAMS = [*Path(repro.__file__).parent.glob("*.py")]
-STUDIES = sorted(path.stem for path in PROGRAMS if "\nSTUDY = " in path.read_text())
+STUDIES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.glob("experiments/**/*.py")
+    if "\nSTUDY = " in path.read_text()
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke(name, tmp_path):
     """As a program, into a picture and a table; and a second time from its lines alone."""
-    out = finish(start("--smoke", "--out", tmp_path, module=f"experiments.repro.{name}"))
-    file = tmp_path / "smoke" / f"{name}.jsonl"
-    study = importlib.import_module(f"experiments.repro.{name}").STUDY
-    lines = repro.read(file)
+    out = finish(start("--smoke", "--out", tmp_path, module=name))
+    study = importlib.import_module(name).STUDY
+    file = tmp_path / "smoke" / f"{study.name}.jsonl"
+    lines = jsonl.read(file)
     assert {line["setting"] for line in lines} == set(study.settings)
     assert study.table(lines) in out and file.with_suffix(".md").read_text().strip() == study.table(lines)
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -35,7 +38,7 @@ def test_resnet20(tmp_path):
     """Has the options of `experiments.train`: micro-batches and mixed precision among them."""
     options = ("--smoke", "--accumulate", 2, "--precision", "bfloat16", "--stop-after", 4, "--out", tmp_path)
     assert "stopped after 4 of 31 steps" in finish(start(*options, module="experiments.repro.he2016"))
-    config = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["config"]["training"]
+    config = jsonl.read(tmp_path / "metrics.jsonl")[0]["config"]["training"]
     assert (config["model"], config["width"], config["accumulate"]) == ("resnet20", 4, 2)
 
 
@@ -55,7 +58,7 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
     file.write_text("".join(whole.splitlines(keepends=True)[:-2]) + json.dumps({"kind": "step"})[:5])
     ran.clear()
     repro.run(study, None)
-    assert ran == [("b", 1)] and len(repro.read(file)) == 8
+    assert ran == [("b", 1)] and len(jsonl.read(file)) == 8
     assert capsys.readouterr().out.count("8 lines") == 2
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from experiments.data import text
+from experiments.data.pipeline import Batch
 from experiments.repro.shen2020 import SETTINGS
-from experiments.train.loop import Batch
 
 LONGEST = 24
 LINES = ["x = 1", "def long_enough_to_be_cut(everywhere):", "y"]

@@ -10,9 +10,10 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from experiments import jsonl
 from experiments.errors import ConfigError
 from experiments.train.__main__ import main
-from experiments.train.records import read_lines, run_folder
+from experiments.train.records import run_folder
 from tests.support.programs import assert_same_run, checkpoint, finish, learning, start
 
 STEPS = 62  # in the one epoch of --smoke: 4,000 images in batches of 64
@@ -36,7 +37,7 @@ def test_last_line_says_accuracy_time_and_place(whole: Path) -> None:
 
 
 def test_metrics_lines_are_complete(whole: Path) -> None:
-    lines = read_lines(whole / "metrics.jsonl")
+    lines = jsonl.read(whole / "metrics.jsonl")
     assert lines[0]["kind"] == "config"
     assert lines[0]["hardware"]["devices"] == 8
     assert lines[0]["versions"]["jax"] == jax.__version__

@@ -86,7 +86,6 @@ def given(value):
 
 F8, F8_5, F4, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
 NO_NUMBERS = dict(error=TypeError, message="x must be an array of numbers")
-WRONG_AXIS = dict(error=ValueError, message="axis")
 NO_AXIS = dict(error=TypeError, message="axis must be an integer")
 CHANNELS = dict(
     error=ValueError, message="must have (the shape of the feature|shape|one feature shape)|num_features must"

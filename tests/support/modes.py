@@ -9,10 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from tests.support.cases import by_name
 from tests.support.processes import join
 
 DEVICES = 8
@@ -107,10 +109,6 @@ def _place(spec, array):
 def main(port, process, out):
     """One of two processes: fills in its half of the batch, compares nothing, writes everything."""
     join(port, process, DEVICES // 2)
-    from jax.experimental import multihost_utils
-
-    from tests.support.cases import by_name  # after the devices are set
-
     results = {}
     for name in sys.argv[4:]:
         x, scale, bias, dy, mask = by_name(name).arrays()

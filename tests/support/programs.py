@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments import jsonl
 from experiments.data.images import IMAGES, LABELS
-from experiments.train.records import Line, read_lines
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +70,9 @@ def compilation_cache(folder: Path) -> dict[str, str]:
     }
 
 
-def learning(out: Path) -> list[Line]:
+def learning(out: Path) -> list[jsonl.Line]:
     """The lines that do not depend on the clock or the machine."""
-    return [line for line in read_lines(out / "metrics.jsonl") if line["kind"] in ("train", "eval")]
+    return [line for line in jsonl.read(out / "metrics.jsonl") if line["kind"] in ("train", "eval")]
 
 
 def committed(out: Path) -> list[int]:

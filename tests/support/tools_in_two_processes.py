@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from bnjax import tools
 from tests.support import zoo
@@ -38,8 +39,6 @@ def flat(prefix, batch_stats):
 def main(port, process, out):
     """Recalibrates on sharded batches in both ways, and merges what each process found in its own half."""
     join(port, process, devices=2)
-    from jax.experimental import multihost_utils
-
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     sharded = [jax.make_array_from_process_local_data(rows, half) for half in halves(process)]

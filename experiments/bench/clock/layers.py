@@ -11,11 +11,7 @@ run in one process, in turns; PyTorch in a phase of its own, each of its numbers
 """
 
 import dataclasses
-import json
-import os
-import platform
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.bench import report
 from experiments.bench.clock import peers
 from experiments.bench.clock.timing import Seconds, interleaved
 
@@ -48,7 +45,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Config:
     """What is measured, and where it goes."""
 
-    out: Path = Path(__file__).parents[1] / "results"
+    out: Path = report.RESULTS
     """Folder of layers.jsonl, layers.md and layers.png."""
     quick: bool = False
     """Two shapes in float32, training and evaluation; nothing is written."""
@@ -119,22 +116,21 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for mode in dict.fromkeys(row["mode"] for row in rows):
             here = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
-            text += [f"## {mode}, {dtype}", "", f"| shape | MB | floor, ms | {' | '.join(names)} | bnjax to best |"]
-            text.append("|---" * (len(names) + 4) + "|")
-            text += [_line(here, shape, names) for shape in dict.fromkeys(row["shape"] for row in here)]
-            text.append("")
+            shapes = dict.fromkeys(row["shape"] for row in here)
+            head = ("shape", "MB", "floor, ms", *names, "bnjax to best")
+            text += [f"## {mode}, {dtype}", "", report.table(head, [_cells(here, s, names) for s in shapes]), ""]
     return "\n".join(text)
 
 
-def _line(rows: list[dict[str, Any]], shape: str, names: list[str]) -> str:
+def _cells(rows: list[dict[str, Any]], shape: str, names: list[str]) -> list[str]:
     found = {row["peer"]: row for row in rows if row["shape"] == shape}
     first = next(iter(found.values()))
     megabytes = np.prod(first["size"]) * DTYPES[first["dtype"]](0).nbytes / 1e6
     cells = [f"{found[name]['over_floor']:.2f}" if name in found else "" for name in names]
     others = [row["over_floor"] for name, row in found.items() if name != "bnjax"]
     best = found["bnjax"]["over_floor"] / min(others) if others and "bnjax" in found else float("nan")
-    head = f"{shape} {tuple(first['size'])} | {megabytes:.1f} | {first['floor_milliseconds']:.2f}"
-    return f"| {head} | {' | '.join(cells)} | {best:.2f} |"
+    head = (f"{shape} {tuple(first['size'])}", f"{megabytes:.1f}", f"{first['floor_milliseconds']:.2f}")
+    return [*head, *cells, f"{best:.2f}"]
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -155,44 +151,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def versions() -> dict[str, str]:
-    """Of what was measured, and the machine."""
-    packages = ("bnjax", "jax", "flax", "dm-haiku", "equinox", "keras", "torch")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
-
-
-def shown(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    """All rows, each printed as it comes: what these keys say, its time and how it compares."""
-    kept = []
-    for row in rows:
-        what = " ".join(f"{row[name]!s:26s}" for name in names)
-        time = f"{row['milliseconds']:9.3f} ms ± {row['spread']:4.0%}  {row['over_floor']:6.2f} of the floor"
-        print(f"{what} {time}", flush=True)
-        kept.append(row)
-    return kept
-
-
-def keep(rows: list[dict[str, Any]], out: Path, name: str, heading: str, text: str) -> None:
-    """Writes the rows as JSON lines behind the versions, and a page with the same versions."""
-    out.mkdir(parents=True, exist_ok=True)
-    about = versions()
-    made = ", ".join(f"{package} {version}" for package, version in about.items())
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
-    (out / f"{name}.md").write_text(f"# {heading}\n\nMade by `python -m experiments.bench.{name}` with {made}. {text}")
-
-
 def main(config: Config) -> None:
-    rows = shown(measure(config), "mode", "dtype", "shape", "peer")
+    """Measures, prints, and keeps rows, page and picture unless only a part was asked for."""
+    rows = report.shown(measure(config), lambda row: report.timed(row, "mode", "dtype", "shape", "peer"))
     print("\n" + summary(rows))
     if config.quick or config.shapes:
         return
-    keep(rows, config.out, "layers", "One layer on the CPU", f"Times of the floor.\n\n{summary(rows)}")
+    text = f"Times of the floor.\n\n{summary(rows)}"
+    report.keep(rows, config.out, "clock.layers", "One layer on the CPU", text)
     draw(rows, config.out / "layers.png")
 
 

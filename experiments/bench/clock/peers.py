@@ -9,11 +9,8 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import flax.linen as nn
 import jax
@@ -89,6 +86,7 @@ def _equinox(shape: Sequence[int], dtype: Any) -> Peer:
 
 
 def _keras(shape: Sequence[int], dtype: Any) -> Peer:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
     policy = "mixed_bfloat16" if dtype == jnp.bfloat16 else "float32"
@@ -181,10 +179,21 @@ def floor_run(mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[
     return compiled_run(step, (jnp.ones(x.shape[-1], dtype),), x, dy, dtype)
 
 
-def torch_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
-    """PyTorch's layer; `backward` allocates dx anew, which its caching allocator makes cheap."""
+def import_torch() -> ModuleType:
+    """Imports PyTorch, whose idle OpenMP threads shall sleep: they would spin on the cores of whoever runs next.
+
+    OpenMP reads these settings when the first import of PyTorch loads it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
+    return torch
+
+
+def torch_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
+    """PyTorch's layer; `backward` allocates dx anew, which its caching allocator makes cheap."""
+    torch = import_torch()
     torch.set_num_threads(os.cpu_count() or 1)
     kind = torch.bfloat16 if dtype == jnp.bfloat16 else torch.float32
     memory = torch.channels_last if "last" in name and x.ndim == 4 else torch.contiguous_format

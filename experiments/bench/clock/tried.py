@@ -24,6 +24,7 @@ import tyro
 from jax import lax
 
 import bnjax
+from experiments.bench import report
 from experiments.bench.clock import layers, peers
 from experiments.bench.clock.timing import interleaved
 
@@ -159,7 +160,7 @@ ONLY_BFLOAT16 = ("grouped, sums apart", "grouped, bits")
 class Config:
     """What is measured, and where it goes."""
 
-    out: Path = Path(__file__).parents[1] / "results"
+    out: Path = report.RESULTS
     """Folder of tried.jsonl and tried.md."""
     rounds: int = 21
     """Rounds of each comparison, at most."""
@@ -200,22 +201,21 @@ def passes(step: Step, x: jax.Array) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: times of the floor, and passes, by candidate."""
     columns = list(dict.fromkeys((tuple(row["shape"]), row["dtype"]) for row in rows))
-    head = " | ".join(f"{shape} {dtype}" for shape, dtype in columns)
-    text = [f"| tried | {head} | what it was to be good for |", "|---" * (len(columns) + 2) + "|"]
     found = {(row["tried"], tuple(row["shape"]), row["dtype"]): row for row in rows}
+    lines = []
     for name, (_, why) in TRIED.items():
         here = [found.get((name, *column)) for column in columns]
-        cells = [f"{row['over_floor']:.2f} ({row['passes']:.0f})" if row else "" for row in here]
-        text.append(f"| {name} | {' | '.join(cells)} | {why} |")
-    return "\n".join(text) + "\n"
+        lines.append((name, *(f"{row['over_floor']:.2f} ({row['passes']:.0f})" if row else "" for row in here), why))
+    return report.table(("tried", *(f"{s} {d}" for s, d in columns), "what it was to be good for"), lines)
 
 
 def main(config: Config) -> None:
-    rows = layers.shown(measure(config), "shape", "dtype", "tried")
+    """Measures, prints, and keeps rows and page."""
+    rows = report.shown(measure(config), lambda row: report.timed(row, "shape", "dtype", "tried"))
     print("\n" + table(rows))
     if not config.quick:
         text = f"Times of the floor (passes over the activation, by XLA's count).\n\n{table(rows)}"
-        layers.keep(rows, config.out, "tried", "Formulations of one layer on the CPU", text)
+        report.keep(rows, config.out, "clock.tried", "Formulations of one layer on the CPU", text)
 
 
 if __name__ == "__main__":

@@ -11,30 +11,30 @@ not run, the guard of `bnjax.batch_moments`, stand apart. Arrays are too large t
 stages.
 """
 
-import argparse
-import json
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from experiments.bench.compiled import hlo
-from experiments.bench.compiled.targets import devices_of, missing  # before JAX makes a device
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-import flax.linen as nn  # isort: skip
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import numpy as np  # isort: skip
-import optax  # isort: skip
-from jax.sharding import Mesh, NamedSharding  # isort: skip
-from jax.sharding import PartitionSpec as P  # isort: skip
+import bnjax
+from experiments import jsonl
+from experiments.bench import report
+from experiments.bench.compiled import hlo, networks
+from experiments.bench.compiled.targets import TARGETS, devices_of, require
 
-import bnjax  # isort: skip
-from experiments.bench.compiled import networks  # isort: skip
-
-RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
+RESULTS = report.RESULTS / "aot.jsonl"
 TRAIN = dict(use_running_average=False, dtype=jnp.bfloat16)
 NORMS = {
     "bnjax": partial(bnjax.BatchNorm, **TRAIN),
@@ -44,8 +44,6 @@ NORMS = {
 PROGRAMS = {  # network, shape of a chip's input, targets
     "layer": (networks.Layer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
     "layer, masked": (networks.MaskedLayer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
-    "2 conv-BN-ReLU": (networks.ConvNormRelu, (512, 56, 56, 128), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
-    "2 bottlenecks": (networks.TwoBottlenecks, (512, 56, 56, 256), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
     # v6e comes last: there libtpu 0.0.42 dies of flax.linen's step, and the process with it.
     "ResNet-50 step": (networks.ResNet50, (256, 224, 224, 3), ("v5e:2x2", "h100", "4xh100", "v6e:2x2")),
 }
@@ -143,33 +141,41 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="single layers; written only where --out says")
-    parser.add_argument("--out", type=Path, help="file of JSON lines, in which rows of the same program are replaced")
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
-    parser.add_argument("--targets", nargs="+", default=None, help="by default those of each program")
-    args = parser.parse_args()
-    pairs = [(p, t) for p in args.programs for t in PROGRAMS[p][2] if args.targets is None or t in args.targets]
-    if args.quick:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compiled, and where the rows go."""
+
+    quick: bool = False
+    """Single layers; written only where --out says."""
+    out: Path | None = None
+    """File of JSON lines, in which rows of the same program are replaced."""
+    programs: tuple[Literal[*PROGRAMS], ...] = tuple(PROGRAMS)
+    """Only these."""
+    targets: tuple[Literal[*TARGETS], ...] = TARGETS
+    """Only these, of those that a program is compiled for."""
+
+
+def main(config: Config) -> None:
+    """Compiles each program for each of its targets, and keeps the rows as they come."""
+    pairs = [(p, t) for p in config.programs for t in PROGRAMS[p][2] if t in config.targets]
+    if config.quick:
         pairs = list(QUICK)
-    if reasons := [reason for target in {t for _, t in pairs} if (reason := missing(target))]:
-        parser.error("\n".join(reasons))
+    require({target for _, target in pairs})
     found = []
     for row in rows(pairs):
         print(show(row), flush=True)
         found.append(row)
-        if out := args.out or (None if args.quick else RESULTS):
+        if out := config.out or (None if config.quick else RESULTS):
             keep(found, out)
 
 
 def keep(found: list[dict[str, Any]], out: Path) -> None:
     """Puts the rows into the results, in the place of older ones of the same program, norm and target."""
     key = lambda row: (row["program"], row["target"], row["norm"])  # noqa: E731
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    old = jsonl.read(out) if out.exists() else []
     kept = {key(row): row for row in [*old, *found]}
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    jsonl.write(out, kept.values())
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

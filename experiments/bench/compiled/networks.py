@@ -32,18 +32,6 @@ class MaskedLayer(nn.Module):
         return nn.relu(self.norm()(x, mask=rows % 8 < 7))
 
 
-class ConvNormRelu(nn.Module):
-    """Two times conv 3×3 → norm → ReLU."""
-
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
-            x = nn.relu(self.norm()(_conv(x.shape[-1], 3, x.dtype)(x)))
-        return x
-
-
 class Bottleneck(nn.Module):
     """x + conv 1×1, 3×3, 1×1, each with its norm: He et al. 2016, figure 5, but the stride in the 3×3, as usual now."""
 
@@ -60,18 +48,6 @@ class Bottleneck(nn.Module):
         if x.shape != y.shape:
             x = self.norm()(conv(4 * self.features, 1, stride=self.stride)(x))
         return nn.relu(x + y)
-
-
-class TwoBottlenecks(nn.Module):
-    """Two blocks of one width."""
-
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
-            x = Bottleneck(self.norm, x.shape[-1] // 4)(x)
-        return x
 
 
 class ResNet50(nn.Module):

@@ -1,11 +1,12 @@
 """What the compilers of TPUs and GPUs make of a layer: compiled, not run (`experiments.bench.compiled.aot`)."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from experiments import jsonl
+from tests.support.programs import ROOT
 
 CHANNELS = 128
 pytestmark = pytest.mark.aot
@@ -14,11 +15,11 @@ pytestmark = pytest.mark.aot
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """In a process of its own: the compilers want to be set up before JAX makes a device."""
-    out, root = tmp_path_factory.mktemp("aot") / "quick.jsonl", Path(__file__).parents[3]
+    out = tmp_path_factory.mktemp("aot") / "quick.jsonl"
     command = [sys.executable, "-m", "experiments.bench.compiled.aot", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return jsonl.read(out)
 
 
 def _of(rows, norm):

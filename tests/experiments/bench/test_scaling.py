@@ -9,11 +9,10 @@ import pytest
 import tyro
 from jax.sharding import Mesh
 
-from experiments.bench import readme
+from experiments import jsonl
+from experiments.bench import readme, report
 from experiments.bench.clock.scaling import __main__ as scaling
-from experiments.bench.clock.scaling import fits as scaling_fits
-from experiments.bench.clock.scaling import paper
-from experiments.bench.clock.scaling import processes as scaling_processes
+from experiments.bench.clock.scaling import fits, paper, processes
 from experiments.bench.compiled import hlo, networks
 
 ABOUT = {"sizes": "quick", "jax": "1", "flax": "2", "cores": "3"}
@@ -22,7 +21,7 @@ ABOUT = {"sizes": "quick", "jax": "1", "flax": "2", "cores": "3"}
 def _lines():
     """Of a machine whose times are known: 2 ns per element, all-reduces of 50 µs and 3 ns per byte."""
     rows = []
-    for sweep, (_, curves) in scaling_fits.SWEEPS.items():
+    for sweep, (_, curves) in fits.SWEEPS.items():
         for size in (10, 10**7, 10**8):
             for curve in curves:
                 grows = size if sweep in ("64 channels", "8 channels") else 8 * size // 10
@@ -34,22 +33,22 @@ def _lines():
 
 
 def test_exponents_are_those_of_large_arrays():
-    found = scaling_fits.points(_lines()[1:], "64 channels", "floor", least=scaling_fits.LARGE)
+    found = fits.points(_lines()[1:], "64 channels", "floor", least=fits.LARGE)
     assert len(found) == 2
-    np.testing.assert_allclose(scaling_fits.power(found), (1, 2e-6), rtol=1e-9)
+    np.testing.assert_allclose(fits.power(found), (1, 2e-6), rtol=1e-9)
 
 
 def test_latency_and_bandwidth():
-    found = scaling_fits.points(_lines()[1:], "2 processes", "all-reduce")
-    np.testing.assert_allclose(scaling_fits.line(found), (50e-3, 3e-6), rtol=1e-6)
+    found = fits.points(_lines()[1:], "2 processes", "all-reduce")
+    np.testing.assert_allclose(fits.line(found), (50e-3, 3e-6), rtol=1e-6)
 
 
 def test_tables_and_picture(tmp_path):
-    text = scaling_fits.tables(_lines())
+    text = fits.tables(_lines())
     assert "| rows, 64 channels | 1.00 | 1.00 | 1.00 |" in text
     assert "| one all-reduce: latency, µs | 50 | 50 |" in text
     assert "small sizes" in text
-    scaling_fits.draw(_lines(), tmp_path / "scaling.png")
+    fits.draw(_lines(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size < 300_000
 
 
@@ -60,16 +59,14 @@ def test_all_reduces(curve, count):
     x = jax.ShapeDtypeStruct((rows, channels), jnp.float32)
     v = jax.ShapeDtypeStruct((4, 2 * channels), jnp.float32)
     arguments = [v] if curve == "all-reduce" else [x] * 4
-    compiled = scaling_processes.program(curve, mesh).lower(*arguments).compile()
+    compiled = processes.program(curve, mesh).lower(*arguments).compile()
     payloads, _ = hlo.all_reduces(compiled)
     assert [hlo.elements(payload) for payload in payloads] == [2 * channels] * count
 
 
 def test_a_row_for_each_device_count_and_curve():
-    rows = list(scaling_processes.measure([(16, 4)], [1, 2], rounds=1))
-    assert {(row["curve"], row["devices"]) for row in rows} == {
-        (c, d) for c in scaling_processes.CURVES for d in (1, 2)
-    }
+    rows = list(processes.measure([(16, 4)], [1, 2], rounds=1))
+    assert {(row["curve"], row["devices"]) for row in rows} == {(c, d) for c in processes.CURVES for d in (1, 2)}
     assert all(row["milliseconds"] > 0 and row["bytes"] == 256 for row in rows)
 
 
@@ -119,7 +116,7 @@ def test_the_model_of_pods():
 
 
 def test_the_page_is_up_to_date():
-    page = readme.ROOT / "experiments" / "bench" / "README.md"
+    page = report.ROOT / "experiments" / "bench" / "README.md"
     assert readme.updated(page.read_text(), readme.PAGES[page]) == page.read_text(), "run experiments.bench.readme"
 
 
@@ -129,6 +126,6 @@ def test_the_option_that_prints_the_model(capsys):
 
 
 def test_lines_of_the_results_have_what_the_tables_need():
-    about, *rows = scaling_fits.read(readme.RESULTS / "scaling.jsonl")
+    about, *rows = jsonl.read(report.RESULTS / "scaling.jsonl")
     assert about["sizes"] in ("full", "quick")
-    assert {row["sweep"] for row in rows} == set(scaling_fits.SWEEPS)
+    assert {row["sweep"] for row in rows} == set(fits.SWEEPS)

@@ -1,6 +1,5 @@
 """The benchmark of a whole network compares equals, and a block of conv-BN-ReLU keeps two activations on the CPU."""
 
-import json
 import sys
 from importlib.util import find_spec
 
@@ -9,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import jsonl
+from experiments.bench import report
 from experiments.bench.clock.training import __main__ as training
 from experiments.bench.clock.training import imports, resnet20
 from experiments.bench.clock.training import steps as training_steps
@@ -101,10 +102,12 @@ def test_the_tables():
 
 
 def test_results_are_written(tmp_path):
-    training.write([{"part": "imports", "package": "flax", "milliseconds": 3.25}], tmp_path)
-    about, row = map(json.loads, (tmp_path / "training.jsonl").read_text().splitlines())
-    assert "jax" in about and row["package"] == "flax"
-    assert about["jax"] in (tmp_path / "training.md").read_text()
+    rows = [{"part": "imports", "package": "flax", "milliseconds": 3.25}]
+    report.keep(rows, tmp_path, "clock.training", "Heading", training.summary(rows))
+    about, row = jsonl.read(tmp_path / "training.jsonl")
+    assert "jax" in about and row == rows[0]
+    page = (tmp_path / "training.md").read_text()
+    assert about["jax"] in page and "python -m experiments.bench.clock.training" in page and "| flax | 3.25 |" in page
 
 
 def test_an_import_loads_nothing_but_flax_and_its_own(tmp_path):

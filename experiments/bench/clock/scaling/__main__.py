@@ -26,14 +26,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments import jsonl
+from experiments.bench import report
 from experiments.bench.clock import peers
-from experiments.bench.clock.layers import versions
-from experiments.bench.clock.scaling import fits
-from experiments.bench.clock.scaling import paper as scaling_paper
+from experiments.bench.clock.scaling import fits, paper
 from experiments.bench.clock.timing import interleaved
 
-ROOT = Path(__file__).parents[4]
-RESULTS = Path(__file__).parents[2] / "results"
 MODE = "forward + backward"
 
 
@@ -135,12 +133,12 @@ def _started(todos: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "experiments.bench.clock.scaling.processes"]
     outputs = [subprocess.PIPE] + [subprocess.DEVNULL] * (len(todos) - 1)
     workers = [
-        subprocess.Popen([*command, json.dumps(todo)], cwd=ROOT, env=environment, stdout=output, text=True)
+        subprocess.Popen([*command, json.dumps(todo)], cwd=report.ROOT, env=environment, stdout=output, text=True)
         for todo, output in zip(todos, outputs, strict=True)
     ]
     try:
         lines = workers[0].stdout or ()
-        yield from (json.loads(line) for line in lines if line.startswith("{"))
+        yield from (line for text in lines if text.startswith("{") for line in jsonl.parse(text))
         if failed := [worker.args for worker in workers if worker.wait(timeout=60)]:
             raise RuntimeError(f"a process failed, see above: {failed}")
     finally:
@@ -157,16 +155,14 @@ def show(row: dict[str, Any]) -> str:
 
 def main(config: Config) -> None:
     if config.paper:
-        print(scaling_paper.table())
+        print(paper.table())
         return
-    lines: list[dict[str, Any]] = [versions() | {"sizes": "quick" if config.quick else "full"}]
-    for row in measure(QUICK if config.quick else FULL):
-        lines.append(row)
-        print(show(row), flush=True)
+    about = report.versions() | {"sizes": "quick" if config.quick else "full"}
+    lines = [about, *report.shown(measure(QUICK if config.quick else FULL), show)]
     print("\n" + fits.tables(lines))
-    if out := config.out or (None if config.quick else RESULTS):
+    if out := config.out or (None if config.quick else report.RESULTS):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "scaling.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        jsonl.write(out / "scaling.jsonl", lines)
         fits.draw(lines, out / "scaling.png")
 
 

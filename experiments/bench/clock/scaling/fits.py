@@ -1,11 +1,12 @@
 """What the lines of `experiments.bench.clock.scaling` say: fitted slopes, as tables and as a picture."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.bench import report
 
 SWEEPS = {  # name: (what grows, which curves)
     "64 channels": ("rows", ("floor", "bnjax", "flax.linen")),
@@ -22,11 +23,6 @@ LARGE = 8_000_000  # bytes: smaller arrays fit in caches, and at last show what 
 BYTES_PER_CHANNEL = 2 * 4  # of an all-reduce: two sums in float32
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
-
-
-def read(file: Path) -> list[Row]:
-    """The lines of a run: versions and machine, and after them a row for each time."""
-    return [json.loads(text) for text in file.read_text().splitlines()]
 
 
 def points(rows: Sequence[Row], sweep: str, curve: str, *, least: int = 0) -> Points:
@@ -61,29 +57,23 @@ def tables(lines: Sequence[Row]) -> str:
     return "\n\n".join((_exponents(rows), _devices(rows), _processes(rows), made))
 
 
-def _table(head: Sequence[Any], *lines: Sequence[Any]) -> str:
-    rule = "|---" * len(head) + "|"
-    text = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *lines)]
-    return "\n".join((text[0], rule, *text[1:]))
-
-
 def _exponents(rows: Sequence[Row]) -> str:
     curves = SWEEPS[POWERS[0]][1]
     lines = [
         (f"{SWEEPS[sweep][0]}, {sweep}", *(f"{power(points(rows, sweep, c, least=LARGE))[0]:.2f}" for c in curves))
         for sweep in POWERS
     ]
-    return _table(("exponent of the time in", *curves), *lines)
+    return report.table(("exponent of the time in", *curves), lines)
 
 
 def _devices(rows: Sequence[Row]) -> str:
     local, pooled = (dict(points(rows, "simulated devices", curve)) for curve in ("local", "pooled"))
-    return _table(
-        ("simulated devices", *local),
+    lines = [
         ("statistics of each device, ms", *(f"{t:.2f}" for t in local.values())),
         ("pooled over all, ms", *(f"{t:.2f}" for t in pooled.values())),
         ("difference, µs", *(f"{(pooled[d] - local[d]) * 1e3:.0f}" for d in local)),
-    )
+    ]
+    return report.table(("simulated devices", *local), lines)
 
 
 def _processes(rows: Sequence[Row]) -> str:
@@ -97,7 +87,7 @@ def _processes(rows: Sequence[Row]) -> str:
         for end in (0, -1):
             channels = int(found[0][end][0]) // BYTES_PER_CHANNEL
             lines.append((f"a layer of {channels} channels, {curve}: µs", *(f"{f[end][1] * 1e3:.0f}" for f in found)))
-    return _table(("over gloo", *GLOO), *lines)
+    return report.table(("over gloo", *GLOO), lines)
 
 
 def draw(lines: Sequence[Row], file: Path) -> None:

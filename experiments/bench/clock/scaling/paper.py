@@ -4,12 +4,12 @@ A model, not a measurement. Its assumptions, each with its source, stand in expe
 that it takes from our own results is the traffic of the compiled step (`results/aot.jsonl`).
 """
 
-import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-RESULTS = Path(__file__).parents[2] / "results" / "aot.jsonl"
+from experiments import jsonl
+from experiments.bench import report
+
 LAYERS, CHANNELS = 53, 26_560  # of ResNet-50: its normalisations, and their channels together
 IMAGES = 256  # on the chip for which the step was compiled
 BATCHES = (256, 32, 8)  # images per chip in the table
@@ -59,7 +59,7 @@ def all_reduces(pod: Pod) -> float:
 
 def traffic_of_an_image(target: str) -> float:
     """Bytes that the compiled training step moves, per image."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = jsonl.read(report.RESULTS / "aot.jsonl")
     (step,) = [r for r in rows if (r["program"], r["norm"], r["target"]) == ("ResNet-50 step", "bnjax", target)]
     return float(step["traffic"]) * 1e9 / IMAGES
 
@@ -73,10 +73,9 @@ def share(pod: Pod, images: int) -> float:
 def table() -> str:
     """Markdown: a row for each pod."""
     head = ["statistics over", "an all-reduce, µs", f"{2 * LAYERS} of them, ms"]
-    lines = ["| " + " | ".join(head + [f"share at {b} images per chip" for b in BATCHES]) + " |"]
-    lines.append("|---" * (len(head) + len(BATCHES)) + "|")
+    lines = []
     for pod in PODS:
         total = all_reduces(pod)
-        shares = " | ".join(f"{share(pod, b):.1%}" for b in BATCHES)
-        lines.append(f"| {pod.name} | {total / (2 * LAYERS) * 1e6:.1f} | {total * 1e3:.2f} | {shares} |")
-    return "\n".join(lines)
+        shares = (f"{share(pod, b):.1%}" for b in BATCHES)
+        lines.append((pod.name, f"{total / (2 * LAYERS) * 1e6:.1f}", f"{total * 1e3:.2f}", *shares))
+    return report.table([*head, *(f"share at {b} images per chip" for b in BATCHES)], lines)

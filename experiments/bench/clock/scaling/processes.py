@@ -9,16 +9,17 @@ each time. All of them must run the same collectives in the same order, so that 
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from experiments import jsonl
 from experiments.bench.clock.timing import Run, interleaved
 
 CHAIN = 16  # all-reduces in one program, so that starting it does not count
@@ -91,16 +92,21 @@ def join(address: str, processes: int, index: int) -> None:
     jax.distributed.initialize(address, processes, index, **options)
 
 
-def main() -> None:
-    todo = json.loads(sys.argv[1])
+def main(work: tyro.conf.Positional[str]) -> None:
+    """Prints a JSON line for each time.
+
+    Args:
+        work: what is measured, as JSON: cases, meshes and rounds; of several processes also address, processes, index.
+    """
+    todo = json.loads(work)
     several = todo.get("processes", 1) > 1
     jax.config.update("jax_num_cpu_devices", 1 if several else max(todo["meshes"]))
     if several:
         join(todo["address"], todo["processes"], todo["index"])
     for row in measure(todo["cases"], todo["meshes"], todo["rounds"]):
         if jax.process_index() == 0:
-            print(json.dumps(row), flush=True)
+            print(jsonl.text(row), end="", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -12,7 +12,6 @@ steps of bnjax timed in that phase. Compilations are fresh: no cache, in memory 
 """
 
 import dataclasses
-import json
 import os
 import random
 import statistics
@@ -22,19 +21,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.bench.clock import peers  # before JAX: settings for PyTorch's threads
+import jax
+import jax.numpy as jnp
+import tyro
+from tqdm import tqdm
+
+from experiments import jsonl
+from experiments.bench import report
+from experiments.bench.clock import peers
+from experiments.bench.clock.timing import Seconds, interleaved
 from experiments.bench.clock.training import imports as training_imports
+from experiments.bench.clock.training import resnet20
 from experiments.bench.clock.training import steps as training_steps
-
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import tyro  # isort: skip
-from tqdm import tqdm  # isort: skip
-
-from experiments.bench.clock.training import resnet20  # isort: skip
-from experiments.bench.clock.layers import versions  # isort: skip
-from experiments.bench.clock.timing import Seconds, interleaved  # isort: skip
-from experiments.bench.compiled.memory import SEQUENTIAL  # isort: skip
+from experiments.bench.compiled.memory import SEQUENTIAL
 
 BATCHES = {"resnet20": (128, 32, 10), "resnet50": (8, 224, 1000)}  # images, their width, classes
 QUICK = {"resnet20": (16, 16, 10), "resnet50": (4, 64, 1000)}
@@ -46,7 +45,7 @@ Part = Literal["step", "memory", "imports"]
 class Config:
     """What is measured, and where it goes."""
 
-    out: Path = Path(__file__).parents[2] / "results"
+    out: Path = report.RESULTS
     """Folder of training.jsonl and training.md."""
     quick: bool = False
     """A small batch, few rounds; nothing is written."""
@@ -164,7 +163,7 @@ def memory(config: Config) -> Iterator[dict[str, Any]]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             print(f"left out: {done.stderr.splitlines()[-1]}")
-        yield from map(json.loads, done.stdout.splitlines())
+        yield from jsonl.parse(done.stdout)
 
 
 def imports(config: Config) -> Iterator[dict[str, Any]]:
@@ -211,14 +210,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for part, heading in _HEADINGS.items():
         for dtype in dict.fromkeys(row.get("dtype") if part == "step" else None for row in rows if row["part"] == part):
             here = [row for row in rows if row["part"] == part and (dtype is None or row["dtype"] == dtype)]
-            text += [f"## {heading}{', ' + dtype if dtype else ''}", "", *table(here, _COLUMNS[part]), ""]
+            columns = _COLUMNS[part]
+            lines = [[_cell(row.get(name)) for name in columns] for row in here]
+            text += [f"## {heading}{', ' + dtype if dtype else ''}", "", report.table(columns.values(), lines), ""]
     return "\n".join(text)
-
-
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
-    """Lines of Markdown; a cell is empty where the row does not have the column."""
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(_cell(row.get(name)) for name in columns)} |" for row in rows]
 
 
 def _cell(value: Any) -> str:
@@ -228,26 +223,14 @@ def _cell(value: Any) -> str:
 
 
 def main(config: Config) -> None:
+    """Measures the parts that were asked for, prints, and keeps rows and page where it was all of them."""
     jax.config.update("jax_enable_compilation_cache", False)
     measured = {"step": steps, "memory": memory, "imports": imports}
-    rows = []
-    for part in config.parts:
-        for row in measured[part](config):
-            rows.append(row)
-            print(show(row), flush=True)
+    rows = report.shown((row for part in config.parts for row in measured[part](config)), show)
     print("\n" + summary(rows))
     if not config.quick and config.network == "resnet20" and set(config.parts) == set(measured):
-        write(rows, config.out)
-
-
-def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """training.jsonl, which begins with the versions, and training.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    about = versions()
-    made = ", ".join(f"{name} {version}" for name, version in about.items())
-    (out / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
-    title = f"# A whole network on the CPU\n\nMade by `python -m experiments.bench.clock.training` with {made}.\n\n"
-    (out / "training.md").write_text(f"{title}{_NOTE}\n\n{summary(rows)}")
+        text = f"{_NOTE}\n\n{summary(rows)}"
+        report.keep(rows, config.out, "clock.training", "A whole network on the CPU", text)
 
 
 _NOTE = """\

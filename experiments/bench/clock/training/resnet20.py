@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments.bench.clock.peers import import_torch
 from experiments.models.convolutional import shortcut
 
 WIDTHS, CHANNELS, CLASSES = (16, 32, 64), 3, 10
@@ -60,7 +61,7 @@ class ResNet20(nnx.Module):
 
 def torch_resnet20(params: Any, blocks: int = 3) -> Any:
     """In PyTorch, channels first, with the parameters of a flax.linen network; in their dtype."""
-    import torch
+    torch = import_torch()
 
     class Net(torch.nn.Module):
         def forward(self, images: Any) -> Any:
@@ -81,15 +82,13 @@ def torch_resnet20(params: Any, blocks: int = 3) -> Any:
 
 def _torch_convolution(before: int, width: int, stride: int) -> Any:
     """With Flax's padding "SAME", which at stride 2 and an even size pads at the end alone."""
-    import torch
-
+    torch = import_torch()
     conv = partial(torch.nn.Conv2d, before, width, 3, stride, bias=False)
     return conv(padding=1) if stride == 1 else torch.nn.Sequential(torch.nn.ZeroPad2d((0, 1, 0, 1)), conv())
 
 
 def _torch_shortcut(x: Any, width: int, stride: int) -> Any:
-    import torch
-
+    torch = import_torch()
     x = x[:, :, ::stride, ::stride]
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, width - x.shape[1]))
 

@@ -13,19 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.clock import peers  # sets the environment of PyTorch's threads
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import bnjax
+from experiments.bench.clock import peers
 from experiments.bench.clock.training import resnet20
-
-import flax.linen as nn  # isort: skip
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import numpy as np  # isort: skip
-import optax  # isort: skip
-from flax import nnx  # isort: skip
-
-import bnjax  # isort: skip
-from experiments.bench.compiled.networks import ResNet50  # isort: skip
-from experiments.models.convolutional import ResNet20  # isort: skip
+from experiments.bench.compiled.networks import ResNet50
+from experiments.models.convolutional import ResNet20
 
 RATE, MOMENTUM = 0.1, 0.9
 TORCH = peers.TORCH_PEERS
@@ -156,8 +155,7 @@ def jax_run(net: Net, executable: Any, batch: Batch) -> Callable[[], float]:
 
 def torch_run(net: Any, name: str, batch: Batch, dtype: Any) -> Callable[[], float]:
     """The same of a `resnet20.torch_resnet20`; bfloat16 by `autocast`."""
-    import torch
-
+    torch = peers.import_torch()
     torch.set_num_threads(os.cpu_count() or 1)
     memory = torch.channels_last if "last" in name else torch.contiguous_format
     net = net.to(memory_format=memory).train()
@@ -180,13 +178,12 @@ def torch_run(net: Any, name: str, batch: Batch, dtype: Any) -> Callable[[], flo
 
 def torch_memory(run: Callable[[], float]) -> int:
     """Bytes of PyTorch's allocator that a step needs at its most, beyond those it began with."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiler = peers.import_torch().profiler
+    with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
+        profile.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     found = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     return int(np.max(np.cumsum([count for _, count in found])))
