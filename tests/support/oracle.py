@@ -73,8 +73,11 @@ def normalize(x, mean, var, scale, bias, features, epsilon=1e-5):
 
 
 def update_running(old, s, momentum):
-    """Running mean and var; channels without rows or with non-finite moments keep theirs."""
+    """Running mean and var; channels without rows or with non-finite moments keep theirs, and one row keeps the var.
+
+    That a count of at most 1 is one row, and no sum of fractional weights, shows in a variance of rounding alone.
+    """
     keep = (s.count == 0) | ~np.isfinite(s.mean) | ~np.isfinite(s.var)
-    return tuple(
-        np.where(keep, o, momentum * o + (1 - momentum) * n) for o, n in zip(old, (s.mean, s.var), strict=True)
-    )
+    one_row = (s.count <= 1) & (s.var <= 2.0**-22 * np.abs(s.mean) ** 2)
+    step = lambda keep, old, new: np.where(keep, old, momentum * old + (1 - momentum) * new)  # noqa: E731
+    return step(keep, old[0], s.mean), step(keep | one_row, old[1], s.var)
