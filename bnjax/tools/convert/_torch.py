@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bnjax.tools import _trees
-from bnjax.tools._convert import Array, Dialect, Leaf, filled, key_of, leaves_of
+from bnjax.tools.convert._correspondence import Array, Dialect, Leaf, filled, key_of, leaves_of
 
 _TORCH = Dialect(
     library="PyTorch",

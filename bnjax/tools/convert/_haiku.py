@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.tools import _trees
-from bnjax.tools._convert import Array, Dialect, Leaf, filled, leaves_of
+from bnjax.tools.convert._correspondence import Array, Dialect, Leaf, filled, leaves_of
 
 Nested = Mapping[str, Mapping[str, Any]]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bnjax.tools import _trees
-from bnjax.tools._convert import Array, Dialect, Leaf, filled, leaves_of
+from bnjax.tools.convert._correspondence import Array, Dialect, Leaf, filled, leaves_of
 
 _KERAS = Dialect(
     library="Keras",
