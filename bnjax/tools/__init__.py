@@ -20,12 +20,14 @@ from bnjax.tools._statistics import freeze_stats as freeze_stats
 from bnjax.tools._statistics import merge_stats as merge_stats
 from bnjax.tools._statistics import reset_stats as reset_stats
 from bnjax.tools._statistics import unfreeze_stats as unfreeze_stats
+from bnjax.tools.convert import Loaded as Loaded
 from bnjax.tools.convert import fields_from_haiku as fields_from_haiku
 from bnjax.tools.convert import fields_from_keras as fields_from_keras
 from bnjax.tools.convert import fields_from_torch as fields_from_torch
 from bnjax.tools.convert import from_haiku as from_haiku
 from bnjax.tools.convert import from_keras as from_keras
 from bnjax.tools.convert import from_torch as from_torch
+from bnjax.tools.convert import propose_names as propose_names
 from bnjax.tools.convert import read_arrays as read_arrays
 from bnjax.tools.convert import to_haiku as to_haiku
 from bnjax.tools.convert import to_keras as to_keras

@@ -1,27 +1,52 @@
 """Keras weights to variables and back: names, layouts, and what the words mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bnjax.tools import _trees
-from bnjax.tools.convert._correspondence import Array, Dialect, Leaf, filled, leaves_of
+from bnjax.tools.convert._correspondence import (
+    Array,
+    Dialect,
+    below,
+    check_distinct,
+    copied,
+    leaves_of,
+    tree_of,
+    with_end,
+)
+from bnjax.tools.convert._fill import filled
+from bnjax.tools.convert._keras_layout import multipliers_of, to_flax_axes, to_keras_axes
+from bnjax.tools.convert._keras_state import (
+    array_of,
+    keyed,
+    separable,
+    transposed_of,
+    weights_of,
+    without_renorm,
+)
+from bnjax.tools.convert._kernels import kernels_of
+from bnjax.tools.convert._layers import layers_of
+from bnjax.tools.convert._propose import advice, propose
 
-_KERAS = Dialect(
+KERAS = Dialect(
     library="Keras",
     separator="/",
     norm={"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
-    weight={"kernel": "kernel", "embedding": "embeddings", "bias": "bias"},
+    weight={"kernel": "kernel", "embedding": "embeddings", "bias": "bias", "negative_slope": "alpha"},
 )
 
 
 def from_keras(
-    state: Mapping[str, Any],
+    state: Any,
     variables: Any,
     *,
     names: Mapping[str, str] | None = None,
-    transposed: Sequence[str] = (),
+    prefix: str = "",
+    transposed: Sequence[str] | None = None,
+    partial: Sequence[str] | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    x: Any = None,
 ) -> Any:
     r"""Variables with the values of a Keras model.
 
@@ -29,22 +54,30 @@ def from_keras(
               \mathtt{gamma}, \mathtt{beta}, \mathtt{moving\_mean}, \mathtt{moving\_variance}
 
     Kernels have one layout in both, but for depthwise ones (`[h, w, in, multiplier]` becomes `[h, w, 1, out]`) and
-    those of transposed convolutions. momentum means the same; Keras' default epsilon is 1e-3: see
-    :func:`fields_from_keras`.
+    those of transposed convolutions, which are mirrored; how these are told from others stands in :func:`from_torch`.
+    A `SeparableConv` is two modules in Flax, a depthwise convolution and one of size 1, that have one name in `names`.
+    momentum means the same; Keras' default epsilon is 1e-3: see :func:`fields_from_keras`.
 
     Args:
-      state: arrays of any shapes by name: `{w.path: w.numpy() for w in model.weights}`.
-      variables: what to fill: linen variables, an nnx state or an nnx module, of the same network.
-      names: which module of `variables` has which name in `state`: `{"BatchNorm_0": "batch_normalization"}`. By default
-        the path.
-      transposed: paths of transposed convolutions, whose kernels are mirrored.
+      state: the Keras model itself; or arrays of any shapes by name: `{w.path: w.numpy() for w in model.weights}`, or
+        :func:`read_arrays` of a `.keras` or `.h5` file.
+      variables: what to fill: linen variables, an nnx state or an nnx module, of the same network; `jax.eval_shape` of
+        an `init` is enough.
+      names: which module of `variables` has which name in `state`: `{"BatchNorm_0": "batch_normalization"}`; modules
+        below it follow. By default the path. An error proposes a map, and :func:`propose_names` returns it.
+      prefix: what the wanted names in `state` begin with, such as `"sequential/"`; others are left out.
+      transposed: paths of all transposed convolutions (`()` for none), where the modules are not known.
+      partial: as in :func:`from_torch`.
+      apply_fn: as in :func:`from_torch`.
+      x: as in :func:`from_torch`.
 
     Returns:
-      `variables` with all its leaves from `state`, in their own dtypes.
+      `variables` with all its leaves from `state`, in their own dtypes. Statistics, scales and biases may have axes of
+      size one besides. The averages that `renorm=True` trains by (`renorm_mean`, `renorm_stddev`, `moving_stddev`) are
+      left out: :class:`bnjax.linen.BatchRenorm` trains by mean and var. With `partial` it is a :class:`Loaded`.
 
     Raises:
-      ValueError: names or shapes that do not correspond, in either direction: nothing is left out in silence;
-        a running variance that is negative or not finite.
+      ValueError: as :func:`from_torch`.
 
     Examples:
       >>> import numpy as np, jax.numpy as jnp
@@ -54,24 +87,41 @@ def from_keras(
       >>> tools.from_keras(state, variables, names={"bn": "batch_normalization"})["batch_stats"]["bn"]["mean"]
       Array([1., 1.], dtype=float32)
     """
-    tree = _trees.flatten_with_layers(variables)
+    tree, prefix = tree_of(variables), with_end(prefix, KERAS)
+    weights = below(weights_of(state), prefix)
+    named = leaves_of(variables, tree, KERAS, names)
+    weights = without_renorm(weights, named)
+    leaves = check_distinct(keyed(named, weights))
+    layers = layers_of(variables, apply_fn, x)
+    there = {prefix + leaf.key.rpartition("/")[0]: leaf.module for leaf in leaves}
+    elsewhere = {there[name]: known for name, known in transposed_of(state).items() if name in there}
+    elsewhere |= {
+        leaf.module: False for leaf in leaves if leaf.key.endswith(("/depthwise_kernel", "/pointwise_kernel"))
+    }
+    kernels = kernels_of(leaves, layers, transposed, elsewhere)
 
-    def convert(value: Array, leaf: Leaf) -> Array:
-        if leaf.role == "kernel" and leaf.module in transposed:
-            return _mirrored(value)
-        if leaf.role == "kernel" and value.ndim > 2 and leaf.shape[-2] == 1 and value.shape[-2] > 1:  # depthwise
-            return value.reshape(*value.shape[:-2], 1, -1)
-        return value
+    def proposed() -> str:
+        return advice(propose(weights, leaves, KERAS, layers), KERAS)
 
-    return filled(tree, leaves_of(tree, _KERAS, names or {}), state, convert)
+    return filled(
+        tree,
+        leaves,
+        weights,
+        lambda value, leaf: to_flax_axes(array_of(value), leaf, kernels),
+        advice=proposed,
+        partial=partial,
+    )
 
 
 def to_keras(
     variables: Any,
     *,
     names: Mapping[str, str] | None = None,
-    transposed: Sequence[str] = (),
+    prefix: str = "",
+    transposed: Sequence[str] | None = None,
     depthwise: Mapping[str, int] | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    x: Any = None,
 ) -> dict[str, Array]:
     r"""The values of variables by the names of Keras: the inverse of :func:`from_keras`.
 
@@ -79,17 +129,21 @@ def to_keras(
               \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var}
 
     Args:
-      variables: linen variables, an nnx state or an nnx module, of any shapes.
+      variables: linen variables, an nnx state or an nnx module, of any shapes, with batch normalization or folded.
       names: as in :func:`from_keras`.
+      prefix: what the names shall begin with.
       transposed: as in :func:`from_keras`.
-      depthwise: the multiplier of the convolutions that are a `DepthwiseConv` in Keras, by path.
+      depthwise: the multiplier of the convolutions that are a `DepthwiseConv` in Keras, by path; also of those in a
+        `SeparableConv`, where it is 1 by default.
+      apply_fn: as in :func:`from_torch`.
+      x: as in :func:`from_torch`.
 
     Returns:
-      NumPy arrays by name; `for w in model.weights: w.assign(state[w.path])` takes them.
+      NumPy arrays by name, each a copy of its own; `for w in model.weights: w.assign(state[w.path])` takes them.
+      Dtypes that NumPy does not have by itself, such as bfloat16, become float32.
 
     Raises:
-      ValueError: no statistics in the tree, names that are not of its modules, or leaves that Keras does not have
-        (`steps`).
+      ValueError: as :func:`to_torch`; or leaves that Keras does not have (`steps`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -97,16 +151,13 @@ def to_keras(
       >>> sorted(tools.to_keras({"batch_stats": {"bn": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}}))
       ['bn/moving_mean', 'bn/moving_variance']
     """
-    tree = _trees.flatten_with_layers(variables)
-    state: dict[str, Array] = {}
-    for leaf, array in zip(leaves_of(tree, _KERAS, names or {}), tree.leaves, strict=True):
-        value = np.asarray(array)
-        if leaf.role == "kernel" and leaf.module in transposed:
-            value = _mirrored(value)
-        elif leaf.role == "kernel" and leaf.module in (depthwise or {}):
-            value = value.reshape(*value.shape[:-2], -1, (depthwise or {})[leaf.module])
-        state[leaf.key] = value
-    return state
+    tree = tree_of(variables)
+    leaves = check_distinct(separable(leaves_of(variables, tree, KERAS, names, prefix)))
+    kernels = kernels_of(leaves, layers_of(variables, apply_fn, x), transposed)
+    multipliers = multipliers_of(depthwise, leaves)
+    return {
+        leaf.key: copied(to_keras_axes(np.asarray(tree.leaves[leaf.at]), leaf, kernels, multipliers)) for leaf in leaves
+    }
 
 
 def fields_from_keras(momentum: float = 0.99, epsilon: float = 1e-3) -> dict[str, Any]:
@@ -132,8 +183,3 @@ def fields_from_keras(momentum: float = 0.99, epsilon: float = 1e-3) -> dict[str
     if not 0 <= momentum <= 1:
         raise ValueError(f"Keras' momentum is the weight of the OLD value and must be in [0, 1]; got {momentum}.")
     return dict(momentum=momentum, epsilon=epsilon)
-
-
-def _mirrored(kernel: Array) -> Array:
-    """[..., out, in], as the derivative of a convolution, to [..., in, out], as a convolution; and back."""
-    return np.flip(kernel.swapaxes(-1, -2), tuple(range(kernel.ndim - 2)))
