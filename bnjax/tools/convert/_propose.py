@@ -78,7 +78,7 @@ def _modules_here(leaves: Sequence[Leaf], dialect: Dialect, rank: Mapping[str, i
         if leaf.role != "steps":
             word = (dialect.norm if leaf.normalises else dialect.weight)[leaf.role]
             modules.setdefault(leaf.module, {})[word] = leaf.shape
-    ordered = sorted(modules, key=lambda name: (rank.get(name, math.inf), _natural(name)))
+    ordered = sorted(modules, key=lambda name: (rank.get(name, math.inf), natural(name)))
     return [Module(name, modules[name]) for name in ordered]
 
 
@@ -92,7 +92,7 @@ def _modules_there(state: Mapping[str, Any], dialect: Dialect) -> list[Module]:
         name = key.removesuffix(word).removesuffix(dialect.separator).removesuffix("/vars")
         if word != counter:
             modules.setdefault(name, {})[word] = tuple(getattr(value, "shape", ()))
-    ordered = sorted(modules, key=_natural) if list(state) == sorted(state) else list(modules)
+    ordered = sorted(modules, key=natural) if list(state) == sorted(state) else list(modules)
     return [Module(name, part) for name in ordered for part in _parts(modules[name])]
 
 
@@ -150,7 +150,7 @@ def _sizes(module: Module) -> Hashable:
     return tuple(sorted(math.prod(shape) for shape in module.shapes.values()))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """A key by which 10 comes after 9."""
     return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
 

@@ -1,40 +1,35 @@
-"""Arrays from files that other libraries write, without those libraries."""
+"""Arrays from files that other libraries write, without those libraries and without running anything."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from bnjax.tools.convert._correspondence import Array
+from bnjax.tools.convert._read_keras import read_h5, read_keras
+from bnjax.tools.convert._read_npz import read_npz
+from bnjax.tools.convert._read_safetensors import read_safetensors
 
-Array = np.ndarray[Any, Any]
-
-_DTYPES = {
-    "F64": "f8",
-    "F32": "f4",
-    "F16": "f2",
-    "I64": "i8",
-    "I32": "i4",
-    "I16": "i2",
-    "I8": "i1",
-    "U8": "u1",
-    "BOOL": "?",
-}
+_READERS = {".safetensors": read_safetensors, ".npz": read_npz, ".h5": read_h5, ".hdf5": read_h5, ".keras": read_keras}
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".joblib")
 
 
 def read_arrays(file: str | Path) -> dict[str, Array]:
-    r"""The arrays of a `.safetensors` or `.npz` file, without PyTorch.
+    r"""The arrays of a `.safetensors`, `.npz`, `.h5` or `.keras` file, by name.
 
-    A safetensors file is :math:`\text{length (8 bytes)} \cdot \text{JSON header} \cdot \text{data}`.
+    Nothing in a file is executed: no pickles, no code of layers. Every array is checked against what the file says of
+    it, :math:`\text{bytes} = \prod_i \mathrm{shape}_i \cdot \text{bytes of one element}`, and against the size of the
+    file, before memory is taken for it. `.safetensors` needs the package safetensors, `.h5` and `.keras` need h5py:
+    `pip install "bnjax[files]"`.
 
     Args:
       file: its path.
 
     Returns:
-      Arrays of any shapes by name; bfloat16 becomes float32, which holds it exactly.
+      Arrays of any shapes by name. bfloat16 and float8 become float32, which holds them exactly. Those of a safetensors
+      file are parts of one block of memory. Keras' files give the weights of the model alone, by `layer/weight`; a
+      `.weights.h5` file of Keras 3, which does not name the weights of a layer, by `layer/vars/0` and so on.
 
     Raises:
-      ValueError: a file of another kind, or cut short.
+      ValueError: a file of another kind, or one that is damaged or made to mislead; file and member are named.
+      ImportError: the package that reads such files is not installed.
 
     Examples:
       >>> import numpy as np, tempfile
@@ -45,26 +40,11 @@ def read_arrays(file: str | Path) -> dict[str, Array]:
       {'weight': array([1., 1.])}
     """
     file = Path(file)
-    if file.suffix == ".npz":
-        with np.load(file) as arrays:
-            return dict(arrays)
-    if file.suffix != ".safetensors":
-        raise ValueError(f"read_arrays takes .safetensors and .npz; got {file.name}. Save a .pt file as one of these.")
-    data = file.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < 8 or end > len(data):
-        raise ValueError(f"{file.name} is cut short: its header ends at byte {end}, the file at {len(data)}.")
-    header = json.loads(data[8:end])
-    return {name: _tensor(name, data[end:], entry) for name, entry in header.items() if name != "__metadata__"}
-
-
-def _tensor(name: str, data: bytes, entry: Mapping[str, Any]) -> Array:
-    start, stop = entry["data_offsets"]
-    if stop > len(data):
-        raise ValueError(f"the file is cut short: {name} ends at byte {stop} of its data, which has {len(data)}.")
-    raw = data[start:stop]
-    if entry["dtype"] == "BF16":  # the upper half of a float32
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").reshape(entry["shape"])
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} has dtype {entry['dtype']}; known are BF16 and {sorted(_DTYPES)}.")
-    return np.frombuffer(raw, np.dtype(_DTYPES[entry["dtype"]]).newbyteorder("<")).reshape(entry["shape"])
+    if file.suffix in _READERS:
+        return _READERS[file.suffix](file)
+    if file.suffix in _PICKLES:
+        raise ValueError(
+            f"read_arrays does not read {file.name}: such files may run code. Where PyTorch is there and the file is "
+            "trusted, give what torch.load returns, or safetensors.torch.save_file(state, 'state.safetensors')."
+        )
+    raise ValueError(f"read_arrays takes {', '.join(_READERS)}; got {file.name}.")
