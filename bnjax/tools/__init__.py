@@ -28,7 +28,7 @@ from bnjax.tools.convert import from_haiku as from_haiku
 from bnjax.tools.convert import from_keras as from_keras
 from bnjax.tools.convert import from_torch as from_torch
 from bnjax.tools.convert import propose_names as propose_names
-from bnjax.tools.convert import read_arrays as read_arrays
 from bnjax.tools.convert import to_haiku as to_haiku
 from bnjax.tools.convert import to_keras as to_keras
 from bnjax.tools.convert import to_torch as to_torch
+from bnjax.tools.files import read_arrays as read_arrays

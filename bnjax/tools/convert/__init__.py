@@ -8,7 +8,6 @@ from bnjax.tools.convert._keras import fields_from_keras as fields_from_keras
 from bnjax.tools.convert._keras import from_keras as from_keras
 from bnjax.tools.convert._keras import to_keras as to_keras
 from bnjax.tools.convert._propose_names import propose_names as propose_names
-from bnjax.tools.convert._read_arrays import read_arrays as read_arrays
 from bnjax.tools.convert._torch import fields_from_torch as fields_from_torch
 from bnjax.tools.convert._torch import from_torch as from_torch
 from bnjax.tools.convert._torch import to_torch as to_torch

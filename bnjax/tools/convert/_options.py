@@ -1,5 +1,6 @@
-"""Checks of what callers say about modules, and lists of names that stay readable."""
+"""Names of modules: checks of those that callers give, their order, and lists of them that stay readable."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -33,3 +34,8 @@ def shortened(names: Iterable[Any], most: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{names[:most]}{more}"
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key by which 10 comes after 9."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]

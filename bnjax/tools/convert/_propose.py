@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any, NamedTuple
 
 from bnjax.tools.convert._correspondence import Dialect, Leaf
-from bnjax.tools.convert._options import shortened
+from bnjax.tools.convert._options import natural, shortened
 
 Shape = tuple[int, ...]
 
@@ -148,11 +148,6 @@ def _axes(module: Module) -> Hashable:
 
 def _sizes(module: Module) -> Hashable:
     return tuple(sorted(math.prod(shape) for shape in module.shapes.values()))
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key by which 10 comes after 9."""
-    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _are_numbered(names: Iterable[str]) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bnjax.tools.convert._correspondence import Array
-from bnjax.tools.convert._propose import natural
-from bnjax.tools.convert._read_hdf5 import datasets_of
-from bnjax.tools.convert._read_npz import opened
+from bnjax.tools.convert._options import natural
+from bnjax.tools.files._hdf5 import datasets_of
+from bnjax.tools.files._npz import opened
 
 Layers = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> class and configuration
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from bnjax.tools.convert._correspondence import Array
-from bnjax.tools.convert._read_keras import read_h5, read_keras
-from bnjax.tools.convert._read_npz import read_npz
-from bnjax.tools.convert._read_safetensors import read_safetensors
+from bnjax.tools.files._keras import read_h5, read_keras
+from bnjax.tools.files._npz import read_npz
+from bnjax.tools.files._safetensors import read_safetensors
 
 _READERS = {".safetensors": read_safetensors, ".npz": read_npz, ".h5": read_h5, ".hdf5": read_h5, ".keras": read_keras}
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".joblib")
