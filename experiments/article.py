@@ -9,7 +9,7 @@ step. What differs between the two besides the framework:
 - Adam: Keras adds its epsilon (1e-7) before the second moment is debiased (:func:`keras_adam`), PyTorch (1e-8) after;
 - the order of flattened channels, and so of the rows of the first Dense kernel.
 
-Both models train as they are in `experiments.loop.make_train_step(port.model, port.optimizer, ...)`.
+Both models train as they are in `experiments.train.loop.make_train_step(port.model, port.optimizer, ...)`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from flax import linen as nn
 
 from bnjax.linen import BatchNorm
 from bnjax.tools import fields_from_keras, fields_from_torch, from_keras, from_torch, to_keras, to_torch
-from experiments.models import Norm, max_pool
+from experiments.models.convolutional import Norm, max_pool
 
 POOLED = 5  # 28 → 26 (convolution without padding) → 13 → 11 → 5: what in_features of PyTorch's first Linear must know
 

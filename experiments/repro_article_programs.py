@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import article, repro
-from experiments.data import Labelled, embedded_digits
-from experiments.devices import data_mesh
-from experiments.loop import create_state
-from experiments.pipeline import training_batches
+from experiments import article
+from experiments.data.images import Labelled, embedded_digits
+from experiments.data.pipeline import training_batches
+from experiments.repro import study
+from experiments.train.devices import data_mesh
+from experiments.train.loop import create_state
 
 BATCH, EVERY = 50, 20
 PORTS = {"Keras": article.keras_port, "PyTorch": article.torch_port}
@@ -87,22 +88,22 @@ SETTINGS = {f"{name}, ported": (name, True) for name in PORTS} | {f"{name}, orig
 RUNNABLE = [setting for setting, (name, ported) in SETTINGS.items() if ported or INSTALLED[name]]
 
 
-def trial(setting: str, seed: int, config: repro.Config) -> Iterator[repro.Line]:
+def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
     """Loss and accuracy on the held-back digits."""
     name, ported = SETTINGS[setting]
     size = config.pick((), SMALL)
     port, steps = PORTS[name](*size), config.pick(400, 20, full=4_000)
     if ported:
         options = dict(steps=steps, every=EVERY, batch_size=BATCH, seed=seed)
-        yield from (line for _, line in repro.train(port.model, port.optimizer, embedded_digits(), **options))
+        yield from (line for _, line in study.train(port.model, port.optimizer, embedded_digits(), **options))
         return
     state = create_state(port.model, port.optimizer, seed, data_mesh(1))
     weights = port.save({"params": state.params, "batch_stats": state.batch_stats})
     yield from train_original(*ORIGINALS[name](weights, size), steps, seed)
 
 
-def train_original(step: Callable, accuracy: Callable, steps: int, seed: int) -> Iterator[repro.Line]:
-    """As `repro.train` does."""
+def train_original(step: Callable, accuracy: Callable, steps: int, seed: int) -> Iterator[study.Line]:
+    """As `study.train` does."""
     data, rows = embedded_digits(), []
     batches = training_batches(data.train, BATCH, steps * BATCH // len(data.train.labels) + 1, seed=seed, max_shift=0)
     for number, batch in zip(range(1, steps + 1), batches, strict=False):
@@ -112,17 +113,17 @@ def train_original(step: Callable, accuracy: Callable, steps: int, seed: int) ->
             rows = []
 
 
-def table(lines: list[repro.Line]) -> str:
+def table(lines: list[study.Line]) -> str:
     """Final accuracy; and the largest difference of a port's loss from the original's, early and over all."""
     text = ["| | accuracy at the end | largest difference of the loss from the original's, first line | all |"]
     text.append("|---|---|---|---|")
     ran = [setting for setting in SETTINGS if any(line["setting"] == setting for line in lines)]
     for setting in ran:
         name, ported = SETTINGS[setting]
-        _, accuracy = repro.curves(lines, setting, "step", "accuracy")
-        cells = [repro.spread(accuracy[:, -1]), "", ""]
+        _, accuracy = study.curves(lines, setting, "step", "accuracy")
+        cells = [study.spread(accuracy[:, -1]), "", ""]
         if ported and f"{name}, original" in ran:
-            losses = [repro.curves(lines, f"{name}, {which}", "step", "loss")[1] for which in ("ported", "original")]
+            losses = [study.curves(lines, f"{name}, {which}", "step", "loss")[1] for which in ("ported", "original")]
             apart = np.abs(losses[0] - losses[1])
             cells[1:] = [f"{apart[:, 0].max():.1e}", f"{apart.max():.1e}"]
         text.append(f"| {setting} | {' | '.join(cells)} |")
@@ -130,17 +131,17 @@ def table(lines: list[repro.Line]) -> str:
     return "\n".join([*text, *([f"\nNot installed: {', '.join(absent)}."] if absent else [])])
 
 
-def draw(lines: list[repro.Line], figure: Figure) -> None:
+def draw(lines: list[study.Line], figure: Figure) -> None:
     """The loss of each program beside that of its port."""
     for axes, name in zip(figure.subplots(1, 2, sharey=True), PORTS, strict=True):
         for which, style in (("ported", "-"), ("original", "--")):
             if any(line["setting"] == f"{name}, {which}" for line in lines):
-                repro.band(axes, *repro.curves(lines, f"{name}, {which}", "step", "loss"), label=which, ls=style)
+                study.band(axes, *study.curves(lines, f"{name}, {which}", "step", "loss"), label=which, ls=style)
         axes.set(xlabel="training step", ylabel="training loss", yscale="log", title=f"the {name} program")
         axes.legend()
 
 
-STUDY = repro.Study("repro_article_programs", tuple(RUNNABLE), trial, table, draw)
+STUDY = study.Study("repro_article_programs", tuple(RUNNABLE), trial, table, draw)
 
 if __name__ == "__main__":
-    repro.run(STUDY, __doc__)
+    study.run(STUDY, __doc__)

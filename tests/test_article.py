@@ -13,8 +13,9 @@ import pytest
 
 import bnjax
 from bnjax import tools
-from experiments import article, devices
-from experiments.loop import as_float, create_state, losses, make_train_step, place
+from experiments import article
+from experiments.train import devices
+from experiments.train.loop import as_float, create_state, losses, make_train_step, place
 
 FIXTURES = Path(__file__).with_name("fixtures")
 WIDTHS, UNITS = (8, 16), 32
