@@ -107,7 +107,7 @@ def from_keras(
         tree,
         leaves,
         weights,
-        lambda value, leaf: to_flax_axes(array_of(value), leaf, kernels),
+        lambda value, leaf: to_flax_axes(array_of(leaf.key, value), leaf, kernels),
         advice=proposed,
         partial=partial,
     )

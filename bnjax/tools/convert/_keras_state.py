@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bnjax.tools.convert._correspondence import Array, Leaf
+from bnjax.tools.convert._torch_state import array_of as torch_array_of
 
 # Batch renormalization trains by averages of its own; evaluation needs none of them.
 _RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -40,9 +41,11 @@ def transposed_of(state: Any) -> dict[str, bool]:
     return known
 
 
-def array_of(value: Any) -> Array:
+def array_of(name: str, value: Any) -> Array:
     """A Keras variable, of any backend, as an array."""
-    return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    value = getattr(value, "value", value)
+    value = value() if callable(value) else value  # a method in TensorFlow
+    return torch_array_of(name, value) if hasattr(value, "detach") else np.asarray(value)
 
 
 def keyed(leaves: Sequence[Leaf], state: Mapping[str, Any]) -> list[Leaf]:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from bnjax.tools.convert._correspondence import Array
+from bnjax.tools.files._naming import naming
 
 _MOST_OF_DEFLATE = 1032  # no deflated byte stands for more
 _FILTERS = {1, 2, 3}  # deflate, shuffle and a checksum: part of HDF5 itself, where others load code from elsewhere
@@ -26,13 +27,8 @@ def datasets_of(name: str, source: Path | IO[bytes], size: int) -> Iterator[tupl
         import h5py
     except ImportError as error:
         raise ImportError(f'{name} is read by h5py: pip install "bnjax[files]".') from error
-    try:
-        with h5py.File(source, "r") as file:
-            yield from _walk(h5py, name, file, size)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{name} is no sound HDF5 file: {error}.") from error
+    with naming(name), h5py.File(source, "r") as file:
+        yield from _walk(h5py, name, file, size)
 
 
 def _walk(h5py: Any, name: str, file: Any, size: int) -> Iterator[tuple[str, Array, dict[str, str]]]:
@@ -49,7 +45,9 @@ def _walk(h5py: Any, name: str, file: Any, size: int) -> Iterator[tuple[str, Arr
                 raise ValueError(f"{name}: {below} is a link to another place, which is not followed.")
             node = group[key]
             if isinstance(node, h5py.Dataset):
-                yield below, _array(f"{name}: {below}", node, size), named
+                with naming(f"{name}: {below}"):
+                    array = _array(node, size)
+                yield below, array, named
                 continue
             if not isinstance(node, h5py.Group) or _address(h5py, node) in seen:
                 raise ValueError(f"{name}: {below} is no dataset, and no group of its own.")
@@ -61,19 +59,19 @@ def _address(h5py: Any, group: Any) -> int:
     return int(h5py.h5o.get_info(group.id).addr)
 
 
-def _array(where: str, dataset: Any, size: int) -> Array:
+def _array(dataset: Any, size: int) -> Array:
     """The values of a dataset, once they must be in the file itself."""
     dtype, is_bfloat16 = dataset.dtype, dataset.attrs.get("dtype") == "bfloat16"
     if dtype.kind not in "fiubc" and not (is_bfloat16 and dtype.itemsize == 2):
-        raise ValueError(f"{where} holds {dtype}, no numbers.")
+        raise ValueError(f"it holds {dtype}, no numbers")
     made = dataset.id.get_create_plist()
     filters = {made.get_filter(i)[0] for i in range(made.get_nfilters())}
     if dataset.is_virtual or dataset.external or not filters <= _FILTERS:
-        raise ValueError(f"{where} is stored outside of the file, or by a filter that would have to be loaded.")
+        raise ValueError("it is stored outside of the file, or by a filter that would have to be loaded")
     wanted, stored = math.prod(dataset.shape or ()) * dtype.itemsize, dataset.id.get_storage_size()
     if dataset.shape is None or stored > size or wanted > stored * (_MOST_OF_DEFLATE if filters else 1):
         raise ValueError(
-            f"{where} of shape {dataset.shape} takes {wanted} bytes; {stored} are stored for it in a file of {size}."
+            f"its shape {dataset.shape} takes {wanted} bytes; {stored} are stored for it in a file of {size}"
         )
     array: Array = dataset[()] if dataset.shape else np.asarray(dataset[()])
     return array.view(ml_dtypes.bfloat16).astype(np.float32) if is_bfloat16 else array

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from bnjax.tools.convert._correspondence import Array
 from bnjax.tools.convert._options import natural
 from bnjax.tools.files._hdf5 import datasets_of
-from bnjax.tools.files._npz import opened
+from bnjax.tools.files._naming import naming
+from bnjax.tools.files._npz import bytes_of, names_of
 
 Layers = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> class and configuration
 
@@ -27,26 +27,15 @@ def read_h5(file: Path) -> dict[str, Array]:
 
 def read_keras(file: Path) -> dict[str, Array]:
     """The weights in a `.keras` file by the names of layers and weights; its description is data, and runs nothing."""
-    size = file.stat().st_size
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-            if "model.weights.h5" not in members:
-                raise ValueError(f"{file.name} has no member model.weights.h5; it has {sorted(members)[:8]}.")
-            weights = opened(file, archive, members["model.weights.h5"]).read()
-            described = "config.json" in members and opened(file, archive, members["config.json"]).read()
-        layers = dict(_layers(json.loads(described))) if described else {}
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        RecursionError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-    ) as error:
-        raise ValueError(f"{file.name} is no sound .keras file: {error}.") from error
-    name = f"{file.name}: model.weights.h5"
-    return _named(name, list(datasets_of(name, io.BytesIO(weights), max(size, len(weights)))), layers)
+    where = f"{file.name}: model.weights.h5"
+    with naming(file.name), zipfile.ZipFile(file) as archive:
+        names = names_of(file, archive)
+        with naming(where):
+            weights = bytes_of(file, archive, "model.weights.h5")
+        layers: Layers = {}
+        if "config.json" in names:
+            layers = dict(_layers(json.loads(bytes_of(file, archive, "config.json"))))
+    return _named(where, list(datasets_of(where, io.BytesIO(weights), len(weights))), layers)
 
 
 def _named(

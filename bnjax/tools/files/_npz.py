@@ -1,13 +1,15 @@
 """The arrays of an .npz file: every member named, bounded and checked, none unpickled."""
 
+import io
+import math
 import zipfile
-import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from bnjax.tools.convert._correspondence import Array
+from bnjax.tools.files._naming import naming
 
 _MOST_OF_DEFLATE = 1032  # no deflated byte stands for more, so that the size of a file bounds what comes out of it
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -15,56 +17,48 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 def read_npz(file: Path) -> dict[str, Array]:
     """The arrays by name."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            names = [member.filename for member in members]
-            if len(set(names)) < len(names):
-                twice = next(name for i, name in enumerate(names) if name in names[:i])
-                raise ValueError(f"{file.name} has two members {twice!r}.")
-            return {m.filename.removesuffix(".npy"): _member(file, archive, m) for m in members}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{file.name} is no sound .npz file: {error}.") from error
+    with naming(file.name), zipfile.ZipFile(file) as archive:
+        return {name.removesuffix(".npy"): _member(file, archive, name) for name in names_of(file, archive)}
 
 
-def opened(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
-    """A member to read from, once its sizes are possible; raises ValueError where they are not."""
+def names_of(file: Path, archive: zipfile.ZipFile) -> list[str]:
+    """The members; raises ValueError where two have one name."""
+    names = [member.filename for member in archive.infolist()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file.name} has two members {max(names, key=names.count)!r}.")
+    return names
+
+
+def bytes_of(file: Path, archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member, once its sizes are possible; what it holds is as long as it says, and fits its checksum."""
+    member, size = archive.getinfo(name), file.stat().st_size
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{file.name}: member {member.filename!r} is encrypted, or compressed in an uncommon way.")
-    if member.file_size > _MOST_OF_DEFLATE * member.compress_size or member.compress_size > file.stat().st_size:
-        raise ValueError(
-            f"{file.name}: member {member.filename!r} claims {member.file_size} bytes out of {member.compress_size} in "
-            f"a file of {file.stat().st_size}."
-        )
-    return archive.open(member)
+        raise ValueError("it is encrypted, or compressed in an uncommon way")
+    if member.file_size > _MOST_OF_DEFLATE * member.compress_size or member.compress_size > size:
+        raise ValueError(f"it claims {member.file_size} bytes out of {member.compress_size} in a file of {size}")
+    with archive.open(member) as stream:
+        data = stream.read()
+    if len(data) != member.file_size:
+        raise ValueError(f"it is cut short: {len(data)} of {member.file_size} bytes")
+    return data
 
 
-def _member(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
-    where = f"{file.name}: member {member.filename!r}"
-    if not member.filename.endswith(".npy"):
-        raise ValueError(f"{where} is no .npy array.")
-    try:
-        with opened(file, archive, member) as stream:
-            version = np.lib.format.read_magic(stream)
-            if version not in _HEADERS:
-                raise ValueError(f"{where} has version {version} of the format, which plain arrays do not need.")
-            shape, by_columns, dtype = _HEADERS[version](stream)
-            if dtype.hasobject or dtype.names:
-                raise ValueError(f"{where} holds {dtype}, no numbers: only pickles would bring such back.")
-            return _array(where, stream, member.file_size, shape, by_columns, dtype)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{where} is damaged: {error}.") from error
+def _member(file: Path, archive: zipfile.ZipFile, name: str) -> Array:
+    with naming(f"{file.name}: member {name!r}"):
+        if not name.endswith(".npy"):
+            raise ValueError("it is no .npy array")
+        return _array(bytes_of(file, archive, name))
 
 
-def _array(
-    where: str, stream: IO[bytes], size: int, shape: tuple[int, ...], by_columns: bool, dtype: np.dtype
-) -> Array:
-    bytes_wanted, bytes_there = dtype.itemsize, size - stream.tell()
-    for n in shape:
-        bytes_wanted *= n
-    if min(shape, default=0) < 0 or bytes_wanted != bytes_there:
-        raise ValueError(f"{where} has {bytes_there} bytes for {dtype} of shape {shape}, which takes {bytes_wanted}.")
-    data = bytearray(stream.read(bytes_there + 1))  # one more: the end of a member is where its checksum is compared
-    if len(data) != bytes_there:
-        raise ValueError(f"{where} is cut short: {len(data)} of {bytes_there} bytes.")
-    return np.ndarray(shape, dtype, data, order="F" if by_columns else "C")
+def _array(data: bytes) -> Array:
+    stream: IO[Any] = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"it has version {version} of the format, which plain arrays do not need")
+    shape, by_columns, dtype = _HEADERS[version](stream)
+    if dtype.hasobject or dtype.names:
+        raise ValueError(f"it holds {dtype}, no numbers: only pickles would bring such back")
+    wanted, there = dtype.itemsize * math.prod(shape), len(data) - stream.tell()
+    if min(shape, default=0) < 0 or wanted != there:
+        raise ValueError(f"it has {there} bytes for {dtype} of shape {shape}, which takes {wanted}")
+    return np.ndarray(shape, dtype, bytearray(data)[stream.tell() :], order="F" if by_columns else "C")
