@@ -62,7 +62,8 @@ def from_haiku(
       names: which module of `variables` has which name in Haiku: `{"BatchNorm_0": "net/~/batch_norm"}`. By default the
         path.
       transposed: paths of all transposed convolutions (`()` for none), where the modules are not known: their kernels
-        have their channels the other way round. How they are known else stands in :func:`from_torch`.
+        have their channels the other way round. How they are known else stands in :func:`from_torch`; one with
+        `transpose_kernel=True` is only known by its module, or by the name that linen gives it (`ConvTranspose_0`).
       apply_fn: as in :func:`from_torch`.
       x: as in :func:`from_torch`.
 
@@ -215,21 +216,28 @@ def _to_flax(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
         return np.broadcast_to(value, leaf.shape)
     if leaf.role != "kernel" or value.ndim < 3:
         return value
-    return kernels.chosen(leaf, value, _turned(value, leaf, kernels), leaf.shape)
+    return kernels.chosen(leaf, _plain(value, leaf, kernels), _turned(value, leaf, kernels), leaf.shape)
+
+
+def _plain(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
+    """A kernel whose axes are in the same order in both: a transposed one is then of `transpose_kernel`."""
+    return _flipped(value) if kernels.is_named_transposed(leaf.module) else value
 
 
 def _turned(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
     """A kernel, read as that of a transposed convolution: Haiku stores [..., out, in] and does not mirror it."""
-    if kernels.stores_transposed(leaf.module):
-        return np.flip(value, tuple(range(value.ndim - 2)))
-    return value.swapaxes(-1, -2)
+    return _flipped(value) if kernels.stores_transposed(leaf.module) else value.swapaxes(-1, -2)
+
+
+def _flipped(value: Array) -> Array:
+    return np.flip(value, tuple(range(value.ndim - 2)))
 
 
 def _to_haiku(value: Array, leaf: Leaf, like: Any, kernels: Kernels) -> Array:
     if leaf.role == "steps":
         return np.asarray(value.max(initial=0), like.dtype)
     if leaf.role == "kernel" and value.ndim > 2:
-        value = kernels.chosen(leaf, value, _turned(value, leaf, kernels), like.shape)
+        value = kernels.chosen(leaf, _plain(value, leaf, kernels), _turned(value, leaf, kernels), tuple(like.shape))
     value = reshaped(value, like.shape)
     if value.shape != like.shape:
         raise ValueError(f"{leaf.module}/{leaf.role} has shape {leaf.shape}; {leaf.key} has {like.shape} in Haiku.")

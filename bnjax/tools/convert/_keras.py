@@ -66,7 +66,8 @@ def from_keras(
       names: which module of `variables` has which name in `state`: `{"BatchNorm_0": "batch_normalization"}`; modules
         below it follow. By default the path. An error proposes a map, and :func:`propose_names` returns it.
       prefix: what the wanted names in `state` begin with, such as `"sequential/"`; others are left out.
-      transposed: paths of all transposed convolutions (`()` for none), where the modules are not known.
+      transposed: paths of all transposed convolutions (`()` for none), where the modules are not known; those with
+        `transpose_kernel=True` count as convolutions, as Flax then keeps their kernels as the others do.
       partial: as in :func:`from_torch`.
       apply_fn: as in :func:`from_torch`.
       x: as in :func:`from_torch`.

@@ -10,7 +10,9 @@ from bnjax.tools.convert._correspondence import Array, Leaf
 from bnjax.tools.convert._layers import Layer
 from bnjax.tools.convert._options import check_modules
 
-_NAMED_CONV = re.compile(r"(.*/)?Conv_\d+")  # the name that linen gives a Conv by itself
+# The names that linen gives by itself.
+_NAMED_CONV = re.compile(r"(.*/)?Conv_\d+")
+_NAMED_TRANSPOSED = re.compile(r"(.*/)?ConvTranspose_\d+")
 
 
 class Kernels(NamedTuple):
@@ -30,6 +32,10 @@ class Kernels(NamedTuple):
         if self.transposed is not None:
             return module in self.transposed
         return self.elsewhere.get(module, False if _NAMED_CONV.fullmatch(module) else None)
+
+    def is_named_transposed(self, module: str) -> bool:
+        """Whether a module of which nothing else is known has the name of a transposed convolution."""
+        return self.is_transposed(module) is None and _NAMED_TRANSPOSED.fullmatch(module) is not None
 
     def stores_transposed(self, module: str) -> bool:
         """Whether Flax keeps a transposed convolution's kernel as the other libraries do (`transpose_kernel=True`)."""

@@ -78,7 +78,8 @@ def from_torch(
         PyTorch's own wrappers, `module.` and `_orig_mod.`, need not be given.
       flattened: dense layers that read flattened channels, by path: the shape `(C, H, W)` before flattening. PyTorch
         flattens channels first, Flax last.
-      transposed: paths of all transposed convolutions (`()` for none), where the modules are not known.
+      transposed: paths of all transposed convolutions (`()` for none), where the modules are not known; those with
+        `transpose_kernel=True` count as convolutions, as Flax then keeps their kernels as the others do.
       partial: patterns of modules that keep their values where `state` has none of their names and shapes, such as
         `["head"]`; the result is then a :class:`Loaded`, which says what stayed.
       apply_fn: a linen model, as `apply_fn(variables, x)`.
