@@ -23,9 +23,8 @@ def tensors_of(state: Any) -> dict[str, Any]:
     if not inside:
         return dict(state)
     if "state_dict" not in inside and len(inside) > 1:
-        raise ValueError(
-            f"state holds several states, {sorted(map(str, inside))}: give one, such as state[{min(inside)!r}]."
-        )
+        one = next(iter(inside))
+        raise ValueError(f"state holds several states, {list(inside)}: give one, such as state[{one!r}].")
     return tensors_of(inside.get("state_dict", next(iter(inside.values()))))
 
 
