@@ -135,8 +135,12 @@ def test_errors():
         tools.from_keras({**state, "dense/kernel": np.ones((2, 2))}, variables)
     with pytest.raises(ValueError, match=r"lacks \['bn/moving_mean'\]"):
         tools.from_keras({"bn/moving_variance": np.ones(2)}, variables)
-    with pytest.raises(ValueError, match="bn/steps has no counterpart in Keras"):
-        tools.to_keras({"batch_stats": {"bn": {**variables["batch_stats"]["bn"], "steps": jnp.zeros(2)}}})
+    counted = {"batch_stats": {"bn": {**variables["batch_stats"]["bn"], "steps": jnp.full(2, 3.0)}}}
+    assert tools.to_keras(counted).keys() == state.keys()
+    with pytest.raises(ValueError, match=r"\['bn'\] count batches, and the state has no count: say steps="):
+        tools.from_keras(state, counted)
+    loaded = tools.from_keras(state, counted, steps=1000)
+    np.testing.assert_array_equal(loaded["batch_stats"]["bn"]["steps"], 1000)
     with pytest.raises(ValueError, match="holds no batch normalization"):
         tools.from_keras(state, {})
     with pytest.raises(ValueError, match="weight of the OLD value"):

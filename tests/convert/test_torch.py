@@ -115,6 +115,11 @@ def test_counted_batches(reference):
     filled = tools.from_torch(reference["after"], blank, **OPTIONS)
     np.testing.assert_array_equal(filled["batch_stats"]["bn"]["steps"], 1)
     assert tools.to_torch(filled, **OPTIONS)["bn.num_batches_tracked"] == 1
+    uncounted = {name: value for name, value in reference["after"].items() if "num_batches" not in name}
+    with pytest.raises(ValueError, match=r"count batches, and the state has no count: say steps="):
+        tools.from_torch(uncounted, blank, **OPTIONS)
+    filled = tools.from_torch(uncounted, blank, steps=20, **OPTIONS)
+    np.testing.assert_array_equal(filled["batch_stats"]["bn"]["steps"], 20)
 
 
 def test_the_recorded_reference_is_that_of_the_script():

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bnjax.tools import _trees
 from bnjax.tools._sound import check_variances
@@ -85,6 +86,18 @@ def filled(
     result = [_initial(tree, at) if isinstance(v, jax.ShapeDtypeStruct) else v for at, v in enumerate(result)]
     variables = check_variances(tree._replace(leaves=result)).build(result)
     return variables if partial is None else Loaded(variables, kept, tuple(key for key in state if key not in used))
+
+
+def with_steps(state: Mapping[str, Any], leaves: Sequence[Leaf], steps: float | None) -> dict[str, Any]:
+    """The state, with a count of batches for each layer that counts them and for which it has averages alone."""
+    averages = {leaf.module for leaf in leaves if leaf.role == "mean" and leaf.key in state}
+    lacking = [leaf for leaf in leaves if leaf.role == "steps" and leaf.key not in state and leaf.module in averages]
+    if lacking and steps is None:
+        raise ValueError(
+            f"{shortened(leaf.module for leaf in lacking)} count batches, and the state has no count: say steps=..., "
+            "how many batches its averages are worth. With 0 the next batch replaces them where they are plain averages."
+        )
+    return {**state, **{leaf.key: np.asarray(steps) for leaf in lacking}}
 
 
 def reshaped(value: Array, shape: tuple[int, ...]) -> Array:

@@ -15,7 +15,7 @@ from bnjax.tools.convert._correspondence import (
     tree_of,
     with_end,
 )
-from bnjax.tools.convert._fill import filled
+from bnjax.tools.convert._fill import filled, with_steps
 from bnjax.tools.convert._keras_layout import multipliers_of, to_flax_axes, to_keras_axes
 from bnjax.tools.convert._keras_state import (
     array_of,
@@ -32,7 +32,7 @@ from bnjax.tools.convert._propose import advice, propose
 KERAS = Dialect(
     library="Keras",
     separator="/",
-    norm={"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
+    norm={"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance", "steps": "steps"},
     weight={"kernel": "kernel", "embedding": "embeddings", "bias": "bias", "negative_slope": "alpha"},
 )
 
@@ -45,6 +45,7 @@ def from_keras(
     prefix: str = "",
     transposed: Sequence[str] | None = None,
     partial: Sequence[str] | None = None,
+    steps: float | None = None,
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> Any:
@@ -69,6 +70,8 @@ def from_keras(
       transposed: paths of all transposed convolutions (`()` for none), where the modules are not known; those with
         `transpose_kernel=True` count as convolutions, as Flax then keeps their kernels as the others do.
       partial: as in :func:`from_torch`.
+      steps: how many batches the averages are worth, for layers that count them, as `BatchRenorm` does; Keras counts
+        none.
       apply_fn: as in :func:`from_torch`.
       x: as in :func:`from_torch`.
 
@@ -100,6 +103,7 @@ def from_keras(
         leaf.module: False for leaf in leaves if leaf.key.endswith(("/depthwise_kernel", "/pointwise_kernel"))
     }
     kernels = kernels_of(leaves, layers, transposed, elsewhere)
+    weights = with_steps(weights, leaves, steps)
 
     def proposed() -> str:
         return advice(propose(weights, leaves, KERAS, layers), KERAS)
@@ -141,10 +145,10 @@ def to_keras(
 
     Returns:
       NumPy arrays by name, each a copy of its own; `for w in model.weights: w.assign(state[w.path])` takes them.
-      Dtypes that NumPy does not have by itself, such as bfloat16, become float32.
+      Dtypes that NumPy does not have by itself, such as bfloat16, become float32. Counts of batches stay here.
 
     Raises:
-      ValueError: as :func:`to_torch`; or leaves that Keras does not have (`steps`).
+      ValueError: as :func:`to_torch`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -153,7 +157,8 @@ def to_keras(
       ['bn/moving_mean', 'bn/moving_variance']
     """
     tree = tree_of(variables)
-    leaves = check_distinct(separable(leaves_of(variables, tree, KERAS, names, prefix)))
+    leaves = [leaf for leaf in leaves_of(variables, tree, KERAS, names, prefix) if leaf.role != "steps"]
+    leaves = check_distinct(separable(leaves))
     kernels = kernels_of(leaves, layers_of(variables, apply_fn, x), transposed)
     multipliers = multipliers_of(depthwise, leaves)
     return {

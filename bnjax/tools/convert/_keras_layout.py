@@ -26,6 +26,8 @@ def multipliers_of(given: Mapping[str, int] | None, leaves: Sequence[Leaf]) -> d
 
 def to_flax_axes(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
     """A value of Keras in Flax's order of axes."""
+    if leaf.role == "steps":
+        return np.broadcast_to(value, leaf.shape)
     if leaf.role != "kernel" or value.ndim < 3:
         return value
     is_depthwise = leaf.shape[-2] == 1 and value.shape[-2] > 1

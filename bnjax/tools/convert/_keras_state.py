@@ -1,6 +1,7 @@
 """Keras' weights as people have them: models, files of several versions, layers that keep more than Flax's."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from bnjax.tools.convert._torch_state import array_of as torch_array_of
 # Batch renormalization trains by averages of its own; evaluation needs none of them.
 _RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 SEPARABLE = ("depthwise_kernel", "pointwise_kernel")  # the first alone in depthwise layers of older versions
-_ORDER = ("scale", "bias", "mean", "var")  # in which Keras numbers the variables of a normalization
+_ORDER = ("scale", "bias", "mean", "var", "steps")  # in which Keras numbers the variables of a normalization
 
 
 def weights_of(state: Any) -> dict[str, Any]:
@@ -74,12 +75,23 @@ def separable(leaves: Sequence[Leaf]) -> list[Leaf]:
     return [leaf._replace(key=new.get(leaf.at, leaf.key)) for leaf in leaves]
 
 
+def convolutions_of(leaves: Sequence[Leaf]) -> dict[str, bool]:
+    """The modules that must be convolutions, none of them transposed: those of depthwise and separable layers."""
+    kernels = [leaf for leaf in leaves if leaf.role == "kernel"]
+    layers = Counter(_layer_of(leaf) for leaf in kernels)
+    return {k.module: False for k in kernels if k.key.endswith(SEPARABLE) or layers[_layer_of(k)] == 2}
+
+
+def _layer_of(leaf: Leaf) -> str:
+    return leaf.key.rpartition("/")[0].removesuffix("/vars")
+
+
 def without_renorm(state: Mapping[str, Any], leaves: Sequence[Leaf]) -> dict[str, Any]:
     """The state without the averages of batch renormalization that Flax's layers do not keep."""
     norms = {leaf.key.rpartition("/")[0] for leaf in leaves if leaf.normalises}
     spare = {f"{name}/{word}" for name in norms for word in _RENORM}
     for name in norms:  # numbered: three more than there are leaves
-        ours = sum(leaf.key.startswith(f"{name}/") for leaf in leaves)
+        ours = sum(leaf.key.startswith(f"{name}/") and leaf.role != "steps" for leaf in leaves)
         if f"{name}/vars/{ours + 2}" in state:
             spare |= {f"{name}/vars/{ours + i}" for i in range(len(_RENORM))}
     return {key: value for key, value in state.items() if key not in spare}
@@ -104,11 +116,11 @@ def _numbered(name: str, held: list[Leaf]) -> list[Leaf]:
                 f"{name} numbers its variables, so that a layer with a scale and one with a bias look alike: read a "
                 ".keras file, which names them, or give the weights by name."
             )
-        ordered = sorted(held, key=lambda leaf: _ORDER.index(leaf.role))
+        ordered = sorted(held, key=lambda leaf: _ORDER.index(leaf.role))  # steps, which Keras has not, come last
     else:
         ordered = _depthwise_first([leaf for leaf in held if leaf.role != "bias"])
         ordered += [leaf for leaf in held if leaf.role == "bias"]
-    return [leaf._replace(key=f"{name}/vars/{i}") for i, leaf in enumerate(ordered)]
+    return [leaf if leaf.role == "steps" else leaf._replace(key=f"{name}/vars/{i}") for i, leaf in enumerate(ordered)]
 
 
 def _depthwise_first(kernels: list[Leaf]) -> list[Leaf]:

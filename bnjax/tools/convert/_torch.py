@@ -17,7 +17,7 @@ from bnjax.tools.convert._correspondence import (
     tree_of,
     with_end,
 )
-from bnjax.tools.convert._fill import filled
+from bnjax.tools.convert._fill import filled, with_steps
 from bnjax.tools.convert._kernels import kernels_of
 from bnjax.tools.convert._layers import layers_of
 from bnjax.tools.convert._propose import advice, propose
@@ -47,6 +47,7 @@ def from_torch(
     flattened: Mapping[str, Sequence[int]] | None = None,
     transposed: Sequence[str] | None = None,
     partial: Sequence[str] | None = None,
+    steps: float | None = None,
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> Any:
@@ -82,6 +83,7 @@ def from_torch(
         `transpose_kernel=True` count as convolutions, as Flax then keeps their kernels as the others do.
       partial: patterns of modules that keep their values where `state` has none of their names and shapes, such as
         `["head"]`; the result is then a :class:`Loaded`, which says what stayed.
+      steps: how many batches the averages are worth, for layers that count them, where `state` has no count.
       apply_fn: a linen model, as `apply_fn(variables, x)`.
       x: its sample input, arrays or `jax.ShapeDtypeStruct`.
 
@@ -117,6 +119,7 @@ def from_torch(
     layers = layers_of(variables, apply_fn, x)
     there = {prefix + leaf.key.rpartition(".")[0]: leaf.module for leaf in leaves}
     elsewhere = {there[name]: known for name, known in transposed_of(state).items() if name in there}
+    tensors = with_steps(tensors, leaves, steps)
     kernels, shapes = kernels_of(leaves, layers, transposed, elsewhere), flattened_of(flattened, leaves)
 
     def convert(value: Any, leaf: Leaf) -> Array:
