@@ -95,7 +95,7 @@ def with_steps(state: Mapping[str, Any], leaves: Sequence[Leaf], steps: float | 
     if lacking and steps is None:
         raise ValueError(
             f"{shortened(leaf.module for leaf in lacking)} count batches, and the state has no count: say steps=..., "
-            "how many batches its averages are worth. With 0 the next batch replaces them where they are plain averages."
+            "how many batches its averages are worth. With 0 the next batch may replace them."
         )
     return {**state, **{leaf.key: np.asarray(steps) for leaf in lacking}}
 

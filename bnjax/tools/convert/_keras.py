@@ -19,6 +19,7 @@ from bnjax.tools.convert._fill import filled, with_steps
 from bnjax.tools.convert._keras_layout import multipliers_of, to_flax_axes, to_keras_axes
 from bnjax.tools.convert._keras_state import (
     array_of,
+    convolutions_of,
     keyed,
     separable,
     transposed_of,
@@ -99,9 +100,7 @@ def from_keras(
     layers = layers_of(variables, apply_fn, x)
     there = {prefix + leaf.key.rpartition("/")[0]: leaf.module for leaf in leaves}
     elsewhere = {there[name]: known for name, known in transposed_of(state).items() if name in there}
-    elsewhere |= {
-        leaf.module: False for leaf in leaves if leaf.key.endswith(("/depthwise_kernel", "/pointwise_kernel"))
-    }
+    elsewhere |= convolutions_of(leaves)
     kernels = kernels_of(leaves, layers, transposed, elsewhere)
     weights = with_steps(weights, leaves, steps)
 
