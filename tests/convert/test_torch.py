@@ -44,7 +44,7 @@ class Network(nn.Module):
         x = nn.Conv(8, (3, 3), padding=1, feature_group_count=4, name="depth")(x)
         x = nn.relu(norm("bn2")(x))
         x = nn.ConvTranspose(2, (2, 2), (2, 2), padding="VALID", name="up")(x)
-        return norm("bn3")(nn.Dense(5, name="fc")(x.reshape(len(x), -1)))
+        return norm("bn3")(nn.Dense(5, name="fc")(x.reshape(x.shape[0], -1)))
 
 
 OPTIONS = dict(flattened={"fc": (2, 6, 4)}, transposed=["up"])
