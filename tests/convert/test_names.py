@@ -144,6 +144,42 @@ def test_a_proposal_for_an_nnx_module(library):
     zoo.assert_trees_equal(nnx.state(given(state, Module(), names=wanted)), nnx.state(model))
 
 
+class Branches(nn.Module):
+    """Residual blocks whose shortcut runs first: all normalizations of a block have one shape."""
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(x, width, size, kind):
+            x = nn.Conv(width, (size, size), use_bias=False, name=f"{kind}_conv")(x)
+            return bnjax.BatchNorm(use_running_average=True, name=f"{kind}_bn")(x)
+
+        for i, width in enumerate((4, 6, 6)):
+            beside = layer(x, width, 1, f"b{i}_short")
+            x = nn.relu(beside + layer(nn.relu(layer(x, width, 3, f"b{i}_one")), width, 3, f"b{i}_two"))
+        return x
+
+
+@each_library
+def test_branches_in_another_order(library):
+    """PyTorch's blocks define the shortcut last; what a layer follows upon says which it is."""
+    given, to, separator = LIBRARIES[library]
+    model, x = Branches(), jnp.ones((1, 6, 6, 3))
+    variables = zoo.trained(model.init(jax.random.key(0), x))
+    wanted = {
+        f"b{i}_{kind}_{layer}": separator.join(("layers", str(i), there + str(at)))
+        for i in range(3)
+        for kind, there in (("one", "main"), ("two", "main_b"), ("short", "down"))
+        for at, layer in enumerate(("conv", "bn"))
+    }
+    state = to(variables, names=wanted, transposed=())
+    order = list(wanted.values())
+    state = dict(sorted(state.items(), key=lambda item: order.index(item[0].rpartition(separator)[0])))
+    traced = dict(apply_fn=model.apply, x=x)
+    names = tools.propose_names(state, jax.eval_shape(lambda v: v, variables), library=library, **traced)
+    assert names == wanted
+    zoo.assert_trees_equal(given(state, zoo.trained(variables, 3), names=names, **traced), variables)
+
+
 @each_library
 def test_what_does_not_correspond_is_named(library):
     """One module more on either side: the others are still found, and the error says which are left."""

@@ -16,6 +16,7 @@ class Module(NamedTuple):
 
     name: str
     shapes: dict[str, Shape]
+    before: Hashable = None  # what the module before it looks like
 
 
 class Proposal(NamedTuple):
@@ -29,6 +30,8 @@ class Proposal(NamedTuple):
 def propose(state: Mapping[str, Any], leaves: Sequence[Leaf], dialect: Dialect, order: Iterable[str]) -> Proposal:
     """Pairs modules whose variables have the same shapes: first those whose names agree, then by order.
 
+    Modules that follow upon alike ones go first: branches may be defined in another order than they run.
+
     Args:
       state: arrays by name.
       leaves: the variables, with the names that they have without a map.
@@ -39,7 +42,10 @@ def propose(state: Mapping[str, Any], leaves: Sequence[Leaf], dialect: Dialect, 
     ours, theirs = _modules_here(leaves, dialect, rank), _modules_there(state, dialect)
     default = {module.name: module.name.replace("/", dialect.separator) for module in ours}
     names: dict[str, str] = {}
-    for signature in (_words, _axes, _sizes):
+    in_sequence = list(state) != sorted(state) and all(module.name in rank for module in ours)
+    if in_sequence:
+        ours, theirs = _following(ours), _following(theirs)
+    for signature in (_context, _words, _axes, _sizes)[0 if in_sequence else 1 :]:
         for here, there in _groups(ours, theirs, signature):
             known = all(m.name in rank for m in here) or _are_numbered(m.name for m in here)
             for a, b in _pairs(here, there, default, dialect.separator, by_order=known):
@@ -127,7 +133,14 @@ def _pairs(
             yield a, fitting[0]
             here, there = _without(here, a), _without(there, fitting[0])
     if len(here) == len(there) and (by_order or len(here) == 1):
-        yield from zip(here, there, strict=True)
+        numbered = _are_numbered(m.name for m in there)
+        yield from zip(here, sorted(there, key=lambda m: natural(m.name)) if numbered else there, strict=True)
+
+
+def _following(modules: Sequence[Module]) -> list[Module]:
+    """The modules, each with what is before it."""
+    before = [(), *map(_axes, modules)]
+    return [module._replace(before=b) for module, b in zip(modules, before[:-1], strict=True)]
 
 
 def _without(modules: list[Module], one: Module) -> list[Module]:
@@ -136,6 +149,10 @@ def _without(modules: list[Module], one: Module) -> list[Module]:
 
 def _dims(shape: Shape) -> Shape:
     return tuple(sorted(n for n in shape if n != 1))
+
+
+def _context(module: Module) -> Hashable:
+    return _words(module), module.before
 
 
 def _words(module: Module) -> Hashable:
@@ -152,4 +169,4 @@ def _sizes(module: Module) -> Hashable:
 
 def _are_numbered(names: Iterable[str]) -> bool:
     """Whether names differ by their numbers alone, which then say their order."""
-    return len({re.sub(r"\d+", "#", name) for name in names}) <= 1
+    return len({re.sub(r"_?\d+", "", name) for name in names}) <= 1

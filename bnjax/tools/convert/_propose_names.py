@@ -25,10 +25,11 @@ def propose_names(
     .. math:: \text{one's name ends as the other's} \quad \text{or} \quad
               i\text{-th of these shapes here} \leftrightarrow i\text{-th of these shapes there}
 
-    The order there is that of the state (of names with numbers, where a file has sorted them); here it is that in which
-    an nnx module defines its layers, or in which a linen model runs them (`apply_fn`, `x`), or the numbers in names
-    that differ by nothing else (`Conv_9`, `Conv_10`). What none of these decides is left out, and so is a shape of
-    which one side has more modules than the other. It is a proposal: compare the outputs of both networks once.
+    The order there is that of the state, or of numbers in names that differ by nothing else (`Conv_9`, `Conv_10`); here
+    it is that in which an nnx module defines its layers, or in which a linen model runs them (`apply_fn`, `x`), or
+    again that of numbers. Modules that follow upon alike ones are paired first, so that branches may come in another
+    order. What none of these decides is left out, and so is a shape of which one side has more modules than the other.
+    It is a proposal: compare the outputs of both networks once.
 
     Args:
       state: as for the converter, arrays of any shapes by name; for Haiku `{**params, **state}`.
