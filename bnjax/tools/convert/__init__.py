@@ -1,4 +1,4 @@
-"""Weights in and out: converters between variables and the states of other libraries, and files that hold them."""
+"""Weights in and out: converters between variables and the states of other libraries."""
 
 from bnjax.tools.convert._fill import Loaded as Loaded
 from bnjax.tools.convert._haiku import fields_from_haiku as fields_from_haiku
