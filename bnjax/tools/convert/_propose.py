@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from bnjax.tools.convert._correspondence import Dialect, Leaf
@@ -42,7 +43,7 @@ def propose(state: Mapping[str, Any], leaves: Sequence[Leaf], dialect: Dialect, 
     ours, theirs = _modules_here(leaves, dialect, rank), _modules_there(state, dialect)
     default = {module.name: module.name.replace("/", dialect.separator) for module in ours}
     names: dict[str, str] = {}
-    in_sequence = list(state) != sorted(state) and all(module.name in rank for module in ours)
+    in_sequence = _is_in_sequence(state, theirs) and all(module.name in rank for module in ours)
     if in_sequence:
         ours, theirs = _following(ours), _following(theirs)
     for signature in (_context, _words, _axes, _sizes)[0 if in_sequence else 1 :]:
@@ -135,6 +136,13 @@ def _pairs(
     if len(here) == len(there) and (by_order or len(here) == 1):
         numbered = _are_numbered(m.name for m in there)
         yield from zip(here, sorted(there, key=lambda m: natural(m.name)) if numbered else there, strict=True)
+
+
+def _is_in_sequence(state: Mapping[str, Any], theirs: Sequence[Module]) -> bool:
+    """Whether a state is in the order of its modules: not sorted by name, and all of a module in one place."""
+    names = sorted({module.name for module in theirs}, key=len, reverse=True)
+    owners = [next((name for name in names if key.startswith(name)), "") for key in state]
+    return list(state) != sorted(state) and len(list(groupby(owners))) == len(set(owners))
 
 
 def _following(modules: Sequence[Module]) -> list[Module]:
