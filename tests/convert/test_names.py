@@ -60,6 +60,12 @@ def test_two_modules_of_one_name(library):
             to(variables, names=names)
         with pytest.raises(ValueError, match=r"get one name elsewhere"):
             given(to(variables), blank, names=names)
+    # without biases nothing but the kernels is of one name; these are no separable convolution
+    for shapes in (((3, 3, 2, 4), (3, 3, 4, 4)), ((3, 3, 1, 4), (1, 1, 5, 4)), ((3, 3, 2, 4), (1, 1, 4, 4))):
+        two = {"params": {f"Conv_{i}": {"kernel": jnp.ones(shape)} for i, shape in enumerate(shapes)}}
+        for call in (lambda **o: to(two, **o), lambda **o: given(to(two), two, **o)):  # noqa: B023
+            with pytest.raises(ValueError, match=r"get one name elsewhere"):
+                call(names={"Conv_0": "a", "Conv_1": "a"})
 
 
 class Deep(nn.Module):

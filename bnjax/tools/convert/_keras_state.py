@@ -69,10 +69,15 @@ def separable(leaves: Sequence[Leaf]) -> list[Leaf]:
             kernels.setdefault(leaf.key, []).append(leaf)
     new: dict[int, str] = {}
     for key, two in kernels.items():
-        if len(two) == 2:
+        if len(two) == 2 and _are_separable(*_depthwise_first(two)):
             name = key.removesuffix("kernel")
             new |= {leaf.at: name + word for leaf, word in zip(_depthwise_first(two), SEPARABLE, strict=True)}
     return [leaf._replace(key=new.get(leaf.at, leaf.key)) for leaf in leaves]
+
+
+def _are_separable(depthwise: Leaf, pointwise: Leaf) -> bool:
+    one, other = depthwise.shape, pointwise.shape
+    return len(one) == len(other) > 2 and one[-2] == 1 and math.prod(other[:-2]) == 1 and one[-1] == other[-2]
 
 
 def convolutions_of(leaves: Sequence[Leaf]) -> dict[str, bool]:
