@@ -15,9 +15,9 @@ BELOW = {  # what each layer may import of the project
     "nnx": {"functional", "nnx"},
     "tools": {"functional", "linen", "nnx", "tools"},
 }
-# The four, and NumPy that they bring; plots and tables use what the extra `experiments` brings, where called for.
-LIBRARY = {"jax", "flax", "optax", "chex", "numpy"}
-OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors"}}
+# The four, and NumPy and ml_dtypes that they bring; what an extra brings is imported where it is called for.
+LIBRARY = {"jax", "flax", "optax", "chex", "numpy", "ml_dtypes"}
+OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors", "h5py"}}
 
 
 def _imports(tree):
