@@ -141,7 +141,7 @@ def normalize_batch(
         if (
             weights is not None
         ):  # unreadable padding is read as the mean, so that neither it nor its derivative gets out
-            wide = jnp.where((weights > 0) | jnp.isfinite(wide), wide, expand(batch.K + offset))
+            wide = jnp.where(_axes.takes_part(weights) | jnp.isfinite(wide), wide, expand(batch.K + offset))
         z = (wide - expand(batch.K)) * expand(rstd)
         mean, square, _ = averages(z, weights, reduction)
         var = square - squared(mean)

@@ -157,7 +157,8 @@ class BatchNorm(Normalization, nn.Module):
         """Returns whether this call normalises by the running averages, from the field or the argument of the call."""
         if self.is_constant:
             return True
-        return merge_param("use_running_average", self.use_running_average, use_running_average)
+        name = "use_running_average"
+        return _module.as_flag(name, merge_param(name, self.use_running_average, use_running_average))
 
     @nn.nowrap
     def _statistics(self, x: jax.Array, shape: tuple[int, ...], evaluates: bool) -> tuple[Any, ...]:
@@ -215,6 +216,8 @@ class BatchNorm(Normalization, nn.Module):
         groups: dict[str, Any] = {}
         if not starting:  # axes are bound in training alone
             groups = {k: getattr(self, k) for k in ("axis_name", "axis_index_groups", "stats_axis_name")}
+        if not isinstance(update_stats, jax.Array):
+            update_stats = _module.as_flag("update_stats", update_stats)
         updates = not (starting or evaluates or update_stats is False)
         if updates and not self.is_mutable_collection("batch_stats"):
             raise ValueError(
