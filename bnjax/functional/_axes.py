@@ -184,10 +184,10 @@ def takes_part(weights: jax.Array) -> jax.Array:
 
 
 def as_weights(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Returns a checked mask as the weights of sums: bool as it is, else in the dtype of the statistics."""
+    """Returns a checked mask as the weights of sums: bool as it is, else in the dtype of the statistics, constant."""
     if mask is None or mask.dtype == bool:
         return mask
-    return mask.astype(jnp.finfo(statistics_dtype(x)).dtype)
+    return jax.lax.stop_gradient(mask.astype(jnp.finfo(statistics_dtype(x)).dtype))
 
 
 def as_number(name: str, value: Any, least: float, most: float = math.inf, advice: str = "") -> float:
