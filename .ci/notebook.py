@@ -1,4 +1,4 @@
-"""`python .ci/notebook.py docs/quickstart.ipynb`: runs it and writes its outputs into it, without times."""
+"""`python .ci/notebook.py docs/guides/quickstart.ipynb`: runs it and writes its outputs into it, without times."""
 
 import sys
 

@@ -14,14 +14,17 @@ def claims() -> dict[str, str]:
     for path in sorted(ROOT.rglob("*.py")):
         claim = CLAIM.search(ast.get_docstring(ast.parse(path.read_text())) or "")
         if claim:
-            found[".".join(path.relative_to(ROOT.parent).with_suffix("").parts)] = " ".join(claim[1].split())
+            found[".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__main__")] = " ".join(
+                claim[1].split()
+            )
     return found
 
 
 def results(name: str) -> str:
-    """Where the results of a module are kept, or an empty string."""
+    """Where the results of a module are kept: in the nearest folder `results`; or an empty string."""
     *folders, stem = name.split(".")
-    kept = sorted(ROOT.parent.joinpath(*folders, "results").glob(f"{stem}.*"))
+    places = [ROOT.parent.joinpath(*folders[:depth], "results") for depth in range(len(folders), 0, -1)]
+    kept = next((found for place in places if (found := sorted(place.glob(f"{stem}.*")))), [])
     return str(next((path for path in kept if path.suffix == ".md"), kept[0]).relative_to(ROOT.parent)) if kept else ""
 
 

@@ -37,7 +37,7 @@ class Config:
 
     out: Path = Path(__file__).parent / "results"
     """Folder of accuracy.jsonl and accuracy.md."""
-    picture: Path = Path(__file__).parents[2] / "docs" / "accuracy.png"
+    picture: Path = Path(__file__).parents[2] / "docs" / "assets" / "accuracy.png"
     """The errors of y and dx by mean/std."""
     quick: bool = False
     """Three ratios in float32 only; nothing is written."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench import scaling_fits, scaling_paper
+from experiments.bench.clock.scaling import fits, paper
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "bench" / "results"
@@ -102,14 +102,14 @@ def accuracy() -> str:
 
 def scaling() -> str:
     """How a layer's time grows, and what pooling the statistics costs."""
-    return scaling_fits.tables(scaling_fits.read(RESULTS / "scaling.jsonl"))
+    return fits.tables(fits.read(RESULTS / "scaling.jsonl"))
 
 
 Tables = dict[str, Callable[[], str]]
 TABLES: Tables = {"accuracy": accuracy, "compiled": compiled, "layers": layers}
 PAGES = {
     ROOT / "README.md": TABLES,
-    ROOT / "experiments" / "bench" / "README.md": {"scaling": scaling, "paper": scaling_paper.table},
+    ROOT / "experiments" / "bench" / "README.md": {"scaling": scaling, "paper": paper.table},
 }
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks that run programs and time them."""

@@ -1,0 +1,1 @@
+"""`python -m experiments.bench.clock.training`: a training step of ResNet-20 in every library."""

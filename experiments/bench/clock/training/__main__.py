@@ -1,0 +1,259 @@
+"""A training step of ResNet-20 in every library, on the CPU: time, compile time and memory; and what an import takes.
+
+Claim:    In float32 a step takes 4 % less time than flax's and a third less temporary memory, but twice as long to
+          compile; in bfloat16 the times are equal. PyTorch's convolutions make its step twice as fast and more.
+Command:  python -m experiments.bench.clock.training     # --quick takes less than a minute
+Hardware: 2 CPU cores, nothing else running
+Time:     8 min
+
+Batch 128 of 32×32×3, forward, backward, SGD with momentum and running averages, variables donated; the same parameters
+everywhere. All JAX libraries run in one process, in turns; PyTorch in a phase of its own, each of its numbers beside
+steps of bnjax timed in that phase. Compilations are fresh: no cache, in memory or on disk, holds any of it.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.bench.clock import peers  # before JAX: settings for PyTorch's threads
+from experiments.bench.clock.training import imports as training_imports
+from experiments.bench.clock.training import steps as training_steps
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+import tyro  # isort: skip
+from tqdm import tqdm  # isort: skip
+
+from experiments.bench.clock.training import resnet20  # isort: skip
+from experiments.bench.clock.layers import versions  # isort: skip
+from experiments.bench.clock.timing import Seconds, interleaved  # isort: skip
+from experiments.bench.compiled.memory import SEQUENTIAL  # isort: skip
+
+BATCHES = {"resnet20": (128, 32, 10), "resnet50": (8, 224, 1000)}  # images, their width, classes
+QUICK = {"resnet20": (16, 16, 10), "resnet50": (4, 64, 1000)}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Part = Literal["step", "memory", "imports"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured, and where it goes."""
+
+    out: Path = Path(__file__).parents[2] / "results"
+    """Folder of training.jsonl and training.md."""
+    quick: bool = False
+    """A small batch, few rounds; nothing is written."""
+    parts: tuple[Part, ...] = ("step", "memory", "imports")
+    """Only these; nothing is written unless it is all of them."""
+    network: Literal["resnet20", "resnet50"] = "resnet20"
+    """resnet50: batch 8 of 224×224×3, in flax.linen alone; printed, not written."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Of the activations."""
+    rounds: int = 15
+    """Rounds of each comparison, at most."""
+    seconds: float = 90.0
+    """After the first five rounds a comparison ends with this."""
+    compilations: int = 3
+    """Of each step; the medians count."""
+    compilers: Path = Path(sys.executable)
+    """A Python that has the compilers for TPU and GPU, `pip install "bnjax[aot]"`, if it is another."""
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+def steps(config: Config) -> Iterator[dict[str, Any]]:
+    """A row for each library and dtype; those of PyTorch at the end."""
+    has_torch = "torch" not in peers.left_out() and config.network == "resnet20"
+    if not has_torch:
+        print("torch is not installed, or has no such network here: left out", flush=True)
+    runs = {}
+    for dtype in config.dtypes:
+        runs[dtype] = yield from _jax_steps(config, dtype)
+    for dtype in config.dtypes if has_torch else ():
+        yield from _torch_steps(config, dtype, *runs[dtype])
+
+
+def _jax_steps(config: Config, dtype: str) -> Iterator[dict[str, Any]]:
+    batch = training_steps.batch_of(*(QUICK if config.quick else BATCHES)[config.network])
+    nets = training_steps.jax_nets(config.network, batch.images, DTYPES[dtype])
+    executables, lowering, compiling = _compilations(config, nets, batch)
+    runs = {name: training_steps.jax_run(net, executables[name], batch) for name, net in nets.items()}
+    losses = {name: float(run()) for name, run in runs.items()}
+    times = _times(config, runs)
+    for name, net in nets.items():
+        yield _row(dtype, name, times) | {
+            "trace_and_lower_seconds": round(lowering[name], 2),
+            "compile_seconds": round(compiling[name], 2),
+            "temporary_megabytes": round(executables[name].memory_analysis().temp_size_in_bytes / 1e6, 1),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(net.params)),
+            "first_loss": round(losses[name], 5),
+        }
+    return batch, nets["bnjax"].params, runs["bnjax"]
+
+
+def _compilations(config: Config, nets: dict[str, Any], batch: Any) -> tuple[dict[str, Any], ...]:
+    """The executables, and the median seconds of tracing with lowering and of compiling; in turns, first ones apart."""
+    count = 1 if config.quick else config.compilations
+    order, shuffle = list(nets), random.Random(0).shuffle
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in nets}
+    executables = {}
+    for done in tqdm(range(count + 1), desc="compiling", disable=None):
+        shuffle(order)
+        for name in order[:1] if not done else order:  # the first imports what JAX loads late
+            executables[name], *seconds = training_steps.compiled(nets[name], batch)
+            times[name] += [tuple(seconds)] if done else []
+    medians = ({name: statistics.median(t[i] for t in own) for name, own in times.items()} for i in range(2))
+    return executables, *medians
+
+
+def _torch_steps(
+    config: Config, dtype: str, batch: Any, params: Any, bnjax_run: Callable[[], Any]
+) -> Iterator[dict[str, Any]]:
+    nets = {name: resnet20.torch_resnet20(params) for name in training_steps.TORCH}
+    runs = {name: training_steps.torch_run(net, name, batch, DTYPES[dtype]) for name, net in nets.items()}
+    losses = {name: run() for name, run in runs.items()}
+    memory = {name: training_steps.torch_memory(run) for name, run in runs.items()}
+    times = _times(config, {"bnjax": bnjax_run, **runs})
+    for name, net in nets.items():
+        yield _row(dtype, name, times) | {
+            "temporary_megabytes": round(memory[name] / 1e6, 1),
+            "parameters": sum(parameter.numel() for parameter in net.parameters()),
+            "first_loss": round(losses[name], 5),
+        }
+
+
+def _times(config: Config, runs: dict[str, Callable[[], Any]]) -> dict[str, Seconds]:
+    limits = dict(rounds=5, seconds=5.0) if config.quick else dict(rounds=config.rounds, seconds=config.seconds)
+    print(f"timing {', '.join(runs)}", flush=True)
+    return interleaved(runs, **limits)
+
+
+def _row(dtype: str, name: str, times: dict[str, Seconds]) -> dict[str, Any]:
+    own, ours = times[name], times["bnjax"]
+    return {
+        "part": "step",
+        "dtype": dtype,
+        "peer": name,
+        "milliseconds": round(own.median * 1e3, 2),
+        "spread": round(own.spread, 3),
+        "bnjax_milliseconds": round(ours.median * 1e3, 2),
+        "to_bnjax": round(own.median / ours.median, 3),
+    }
+
+
+# Processes of their own -----------------------------------------------------------------------------------------------
+
+
+def memory(config: Config) -> Iterator[dict[str, Any]]:
+    """Temporary memory by the number of blocks: on the CPU with both schedulers; for TPU and H100 if they compile."""
+    runs = [(sys.executable, "cpu", ("float32",), ""), (sys.executable, "cpu", ("float32",), SEQUENTIAL)]
+    if not config.quick:
+        runs[0] = (sys.executable, "cpu", ("float32", "bfloat16"), "")
+        runs += [(str(config.compilers), target, ("bfloat16",), "") for target in ("v5e:2x2", "h100")]
+    for python, target, dtypes, flags in runs:
+        command = [python, "-m", "experiments.bench.compiled.memory", "--targets", target, "--dtypes", *dtypes]
+        environment = {**os.environ, "XLA_FLAGS": flags}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"left out: {done.stderr.splitlines()[-1]}")
+        yield from map(json.loads, done.stdout.splitlines())
+
+
+def imports(config: Config) -> Iterator[dict[str, Any]]:
+    """Import times."""
+    return training_imports.measure(3 if config.quick else 15)
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    return "  ".join(f"{name} {value}" for name, value in row.items())
+
+
+_STEP = {  # column: heading
+    "peer": "library",
+    "milliseconds": "step, ms",
+    "spread": "±",
+    "to_bnjax": "of bnjax's time",
+    "trace_and_lower_seconds": "trace and lower, s",
+    "compile_seconds": "compile, s",
+    "temporary_megabytes": "temporary memory, MB",
+    "parameters": "parameters",
+    "first_loss": "first loss",
+}
+_MEMORY = {
+    "target": "target",
+    "scheduler": "scheduler",
+    "dtype": "dtype",
+    "norm": "library",
+    "depths": "blocks",
+    "activations": "memory with so many",
+    "of_one_block_more": "of one block more",
+}
+_IMPORTS = {"package": "import", "milliseconds": "ms", "spread": "±", "to_flax": "to flax.linen and flax.nnx"}
+_HEADINGS = {"step": "A training step", "memory": "Temporary memory, in activations", "imports": "Import time"}
+_COLUMNS = {"step": _STEP, "memory": _MEMORY, "imports": _IMPORTS}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a table for each part, and of the step for each dtype."""
+    text = []
+    for part, heading in _HEADINGS.items():
+        for dtype in dict.fromkeys(row.get("dtype") if part == "step" else None for row in rows if row["part"] == part):
+            here = [row for row in rows if row["part"] == part and (dtype is None or row["dtype"] == dtype)]
+            text += [f"## {heading}{', ' + dtype if dtype else ''}", "", *table(here, _COLUMNS[part]), ""]
+    return "\n".join(text)
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
+    """Lines of Markdown; a cell is empty where the row does not have the column."""
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(_cell(row.get(name)) for name in columns)} |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return "" if value is None or value != value else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(config: Config) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    measured = {"step": steps, "memory": memory, "imports": imports}
+    rows = []
+    for part in config.parts:
+        for row in measured[part](config):
+            rows.append(row)
+            print(show(row), flush=True)
+    print("\n" + summary(rows))
+    if not config.quick and config.network == "resnet20" and set(config.parts) == set(measured):
+        write(rows, config.out)
+
+
+def write(rows: list[dict[str, Any]], out: Path) -> None:
+    """training.jsonl, which begins with the versions, and training.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = versions()
+    made = ", ".join(f"{name} {version}" for name, version in about.items())
+    (out / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
+    title = f"# A whole network on the CPU\n\nMade by `python -m experiments.bench.clock.training` with {made}.\n\n"
+    (out / "training.md").write_text(f"{title}{_NOTE}\n\n{summary(rows)}")
+
+
+_NOTE = """\
+ResNet-20, batch 128 of 32×32×3: forward, backward, SGD with momentum, running averages; the same parameters everywhere.
+± is half the distance of the quartiles. Temporary memory of the JAX libraries is XLA's count, of PyTorch the peak of
+its allocator in one step. For TPU and GPU: compiled, not run."""
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

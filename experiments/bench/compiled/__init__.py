@@ -1,0 +1,1 @@
+"""What compilers make of programs, which are not run."""

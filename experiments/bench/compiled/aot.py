@@ -1,0 +1,175 @@
+"""What TPU and GPU compilers make of BN networks: bytes, temporary memory and all-reduces, beside flax.linen's modes.
+
+Claim:    A layer with ReLU moves 7 activations on TPU v5e and H100, flax.linen 7 and 10, its accurate mode 9 and 12.
+Command:  python -m experiments.bench.compiled.aot       # pip install "bnjax[aot]"; --quick takes 15 s
+Hardware: any; the programs are compiled, not run
+Time:     25 min on 2 CPU cores, most of it ResNet-50
+
+Everything is data-parallel under plain jit, in bfloat16. Traffic is what the optimised program reads and writes in main
+memory, per chip and in units of the input's size (of ResNet-50: in gigabytes); the branches that a steady state does
+not run, the guard of `bnjax.batch_moments`, stand apart. Arrays are too large to stay on chip, but for ResNet-50's last
+stages.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.compiled import hlo
+from experiments.bench.compiled.targets import devices_of, missing  # before JAX makes a device
+
+import flax.linen as nn  # isort: skip
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+import numpy as np  # isort: skip
+import optax  # isort: skip
+from jax.sharding import Mesh, NamedSharding  # isort: skip
+from jax.sharding import PartitionSpec as P  # isort: skip
+
+import bnjax  # isort: skip
+from experiments.bench.compiled import networks  # isort: skip
+
+RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
+TRAIN = dict(use_running_average=False, dtype=jnp.bfloat16)
+NORMS = {
+    "bnjax": partial(bnjax.BatchNorm, **TRAIN),
+    "flax.linen": partial(nn.BatchNorm, **TRAIN),
+    "flax.linen, accurate": partial(nn.BatchNorm, **TRAIN, use_fast_variance=False),
+}
+PROGRAMS = {  # network, shape of a chip's input, targets
+    "layer": (networks.Layer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
+    "layer, masked": (networks.MaskedLayer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
+    "2 conv-BN-ReLU": (networks.ConvNormRelu, (512, 56, 56, 128), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
+    "2 bottlenecks": (networks.TwoBottlenecks, (512, 56, 56, 256), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
+    # v6e comes last: there libtpu 0.0.42 dies of flax.linen's step, and the process with it.
+    "ResNet-50 step": (networks.ResNet50, (256, 224, 224, 3), ("v5e:2x2", "h100", "4xh100", "v6e:2x2")),
+}
+QUICK = (("layer", "v5e:2x2"), ("layer, masked", "v5e:16x16"), ("layer", "h100"), ("layer, masked", "4xh100"))
+
+Step = Callable[..., Any]
+
+
+def gradient(model: nn.Module) -> Step:
+    """y, its derivatives in all parameters and x, and the running averages."""
+
+    def step(variables: Any, x: jax.Array, dy: jax.Array) -> Any:
+        def forward(params: Any, x: jax.Array) -> Any:
+            return model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+
+        y, pullback, updates = jax.vjp(forward, variables["params"], x, has_aux=True)
+        return y, pullback(dy), updates
+
+    return step
+
+
+def training(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
+    """A training step: variables and momentum, before and after."""
+
+    def step(variables: Any, momentum: Any, x: jax.Array, labels: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            logits, updates = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
+        changes, momentum = optimizer.update(grads, momentum)
+        return {"params": optax.apply_updates(variables["params"], changes), **updates}, momentum
+
+    return step
+
+
+def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
+    """The program, and the bytes of the input of one chip."""
+    network, shape, _ = PROGRAMS[program]
+    model = network(NORMS[norm])
+    devices = devices_of(target)[:1] if target == "h100" else devices_of(target)
+    mesh = Mesh(np.array(devices), ("data",))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    place = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), tree)  # noqa: E731
+    one = jnp.zeros((1, *shape[1:]), jnp.bfloat16)
+    variables = place(jax.eval_shape(lambda: model.init(jax.random.key(0), one)))
+    x = jax.ShapeDtypeStruct((shape[0] * len(devices), *shape[1:]), jnp.bfloat16, sharding=split)
+    chip = int(np.prod(shape)) * 2
+    if network is not networks.ResNet50:
+        return jax.jit(gradient(model)).lower(variables, x, x).compile(), chip
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    momentum = place(jax.eval_shape(optimizer.init, variables["params"]))
+    labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=split)
+    step = jax.jit(training(model, optimizer), donate_argnums=(0, 1))
+    return step.lower(variables, momentum, x, labels).compile(), chip
+
+
+def measure(program: str, norm: str, target: str) -> dict[str, Any]:
+    """One row of the results."""
+    start = time.perf_counter()
+    executable, chip = compiled(program, norm, target)
+    text = executable.as_text()
+    unit, name = (1e9, "GB") if program == "ResNet-50 step" else (chip, "inputs")
+    main, branches = hlo.traffic(text)
+    reduced, rare = hlo.all_reduces(text)
+    return {
+        "program": program,
+        "norm": norm,
+        "target": target,
+        "unit": name,
+        "traffic": round(main / unit, 3),
+        "traffic_of_branches": round(branches / unit, 3),
+        "temporary_memory": round(executable.memory_analysis().temp_size_in_bytes / unit, 3),
+        "all_reduces": [hlo.elements(payload) for payload in reduced],
+        "all_reduces_of_branches": [hlo.elements(p) for payloads in rare.values() for p in payloads],
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "ran": "compiled, not run",
+        "versions": {name: version(name) for name in ("bnjax", "jax", "flax")},
+    }
+
+
+def rows(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    for program, target in pairs:
+        for norm in NORMS:
+            yield measure(program, norm, target)
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    reduced = row["all_reduces"]
+    payload = f"{len(reduced)} all-reduces of at most {max(reduced)} numbers" if reduced else "no all-reduces"
+    return (
+        f"{row['program']:15s} {row['target']:9s} {row['norm']:21s} traffic {row['traffic']:7.2f} {row['unit']}"
+        f" (+{row['traffic_of_branches']:.2f} in branches)  temporary {row['temporary_memory']:6.2f}  {payload}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="single layers; written only where --out says")
+    parser.add_argument("--out", type=Path, help="file of JSON lines, in which rows of the same program are replaced")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    parser.add_argument("--targets", nargs="+", default=None, help="by default those of each program")
+    args = parser.parse_args()
+    pairs = [(p, t) for p in args.programs for t in PROGRAMS[p][2] if args.targets is None or t in args.targets]
+    if args.quick:
+        pairs = list(QUICK)
+    if reasons := [reason for target in {t for _, t in pairs} if (reason := missing(target))]:
+        parser.error("\n".join(reasons))
+    found = []
+    for row in rows(pairs):
+        print(show(row), flush=True)
+        found.append(row)
+        if out := args.out or (None if args.quick else RESULTS):
+            keep(found, out)
+
+
+def keep(found: list[dict[str, Any]], out: Path) -> None:
+    """Puts the rows into the results, in the place of older ones of the same program, norm and target."""
+    key = lambda row: (row["program"], row["target"], row["norm"])  # noqa: E731
+    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    kept = {key(row): row for row in [*old, *found]}
+    out.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The data that experiments read: images, text, and how they are batched."""

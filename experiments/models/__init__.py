@@ -1,0 +1,1 @@
+"""The networks that experiments train; each takes its normalization as an argument."""

@@ -1,0 +1,76 @@
+"""Two small networks that predict the next token, with the normalisation as an argument.
+
+Padding comes after a sequence and both networks look back only, so that what stands there can reach a prediction by
+one way alone: the statistics of a normalisation that counts it in. In training mode statistics over time have another
+effect: position t is normalised by what comes after it, so a training loss is not quite that of a causal model.
+"""
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from experiments.models.convolutional import Norm
+
+
+class Transformer(nn.Module):
+    """Causal blocks of norm → attention and norm → two Dense layers, each added to its input.
+
+    `norm(use_running_average=...)` builds a normalisation that is called with x and `mask`.
+    """
+
+    norm: Norm
+    vocabulary: int
+    masked: bool = True  # whether the norms are told where the padding is
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, weight: jax.Array, *, train: bool) -> jax.Array:
+        """tokens: `[N, T]` int; weight: `[N, T]`, zero at padding. Returns the logits, `[N, T, vocabulary]`."""
+        mask, norm = mask_of(weight, self.masked), lambda: self.norm(use_running_average=not train)
+        x = nn.Embed(self.vocabulary, self.width)(tokens) + places(tokens.shape[1], self.width)[None]
+        for _ in range(self.layers):
+            attention = nn.MultiHeadDotProductAttention(self.heads)
+            x += attention(norm()(x, mask=mask), mask=nn.make_causal_mask(tokens))
+            hidden = nn.gelu(nn.Dense(4 * self.width)(norm()(x, mask=mask)))
+            x += nn.Dense(self.width)(hidden)
+        return nn.Dense(self.vocabulary)(norm()(x, mask=mask))
+
+
+class LSTM(nn.Module):
+    """Layers of norm → LSTM and one Dense layer; the norm is that of a whole sequence, outside the recurrence.
+
+    So in Laurent et al. 2016, https://arxiv.org/abs/1510.01378. `norm` and `masked` as in `Transformer`.
+    """
+
+    norm: Norm
+    vocabulary: int
+    masked: bool = True
+    width: int = 96
+    layers: int = 2
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, weight: jax.Array, *, train: bool) -> jax.Array:
+        """tokens: `[N, T]` int; weight: `[N, T]`, zero at padding. Returns the logits, `[N, T, vocabulary]`."""
+        mask, norm = mask_of(weight, self.masked), lambda: self.norm(use_running_average=not train)
+        x = nn.Embed(self.vocabulary, self.width)(tokens)
+        for _ in range(self.layers):
+            x = nn.RNN(nn.OptimizedLSTMCell(self.width))(norm()(x, mask=mask))
+        return nn.Dense(self.vocabulary)(norm()(x, mask=mask))
+
+
+def layer_norm(use_running_average: bool) -> nn.Module:
+    """LayerNorm where a norm with statistics is asked for: each position by itself, so it needs no mask either."""
+    return nn.LayerNorm()
+
+
+def mask_of(weight: jax.Array, masked: bool) -> jax.Array | None:
+    """`[N, T, 1]` bool, for statistics over what is not padding."""
+    return weight[..., None] > 0 if masked else None
+
+
+def places(length: int, width: int) -> np.ndarray:
+    """`[length, width]` sines and cosines, for any length (Vaswani et al. 2017, section 3.5)."""
+    angle = np.arange(length)[:, None] / 10_000 ** (np.arange(0, width, 2) / width)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)

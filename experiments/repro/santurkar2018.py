@@ -1,0 +1,171 @@
+"""How smooth the loss is along the gradient, with and without BN; and internal covariate shift as a gradient sees it.
+
+Claim:    With BN the loss and the gradient change less along a step, so that the gradient can be trusted further;
+          internal covariate shift is not what BN reduces.
+Command:  python -m experiments.repro.santurkar2018                 # --smoke: seconds
+Hardware: 2 CPU cores
+Time:     5 min of one core
+
+Santurkar, Tsipras, Ilyas & Madry 2018, https://arxiv.org/abs/1805.11604, figures 2 and 4 and definition 2.1 (there VGG
+on CIFAR-10). Three times conv 3×3 → norm → ReLU → pooling and a Dense layer, one learning rate for both. Every so many
+steps, on one batch: the loss and the gradient after steps of several lengths along the gradient; and the gradient of
+each layer before and after the layers below it took their step.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from optax import tree
+
+from bnjax.linen import BatchNorm
+from experiments.data.images import Labelled
+from experiments.models.convolutional import ConvNet, Unnormalised
+from experiments.repro import study
+from experiments.train.loop import count, images
+
+RATE, BATCH = 0.1, 100
+LENGTHS = np.geomspace(0.25, 4, 9)  # of a step, in learning rates; the paper's range is 1/2 to 4
+NORMS = {"with BN": partial(BatchNorm, momentum=0.9), "without": Unnormalised}
+LAYERS = (("Conv_0", "BatchNorm_0"), ("Conv_1", "BatchNorm_1"), ("Conv_2", "BatchNorm_2"), ("Dense_0",))
+Gradient = Callable[[Any], tuple[jax.Array, Any]]
+
+
+def loss_of(model: nn.Module, stats: Any, batch: Labelled) -> Gradient:
+    """`params -> (loss, gradient)` of one batch in training mode."""
+    fields = {"image": batch.images, "label": batch.labels}
+
+    def loss(params: Any) -> jax.Array:
+        variables = {"params": params, "batch_stats": stats}
+        logits, _ = model.apply(variables, *images(fields), train=True, mutable=["batch_stats"])
+        return count(logits, fields).loss / len(batch.labels)
+
+    return jax.value_and_grad(loss)
+
+
+def change(a: Any, b: Any) -> study.Line:
+    """The distance and the cosine of two gradients."""
+    return {"distance": tree.norm(tree.sub(a, b)), "cosine": tree.vdot(a, b) / (tree.norm(a) * tree.norm(b))}
+
+
+def moved(params: Any, gradient: Any, factors: jax.Array) -> Any:
+    """A step down the gradient whose length differs from layer to layer, `[layers]`, in learning rates."""
+    return {
+        name: tree.add_scale(params[name], -RATE * factors[layer], gradient[name])
+        for layer, names in enumerate(LAYERS)
+        for name in names
+        if name in params
+    }
+
+
+def shift_of(layer: int, gradient: Any, shifted: Any) -> study.Line:
+    """The change of one layer's gradient; `shifted` holds those of all layers, `[layers - 1, ...]`, one for each."""
+    names = [name for name in LAYERS[layer] if name in gradient]
+    after = {name: jax.tree.map(lambda g: g[layer - 1], shifted[name]) for name in names}
+    return change({name: gradient[name] for name in names}, after)
+
+
+def look(objective: Gradient, params: Any) -> study.Line:
+    """Along the gradient; and of each layer, when the layers below it have taken their step (definition 2.1)."""
+    _, gradient = objective(params)
+    along = jnp.repeat(jnp.asarray(LENGTHS, jnp.float32)[:, None], len(LAYERS), 1)
+    below = jnp.tri(len(LAYERS), k=-1)[1:]
+    losses, there = jax.lax.map(lambda f: objective(moved(params, gradient, f)), jnp.concatenate([along, below]))
+    ahead = jax.tree.map(lambda g: g[: len(LENGTHS)], there)
+    shifted = jax.tree.map(lambda g: g[len(LENGTHS) :], there)
+    found = jax.vmap(partial(change, gradient))(ahead)
+    way = RATE * along[:, 0] * tree.norm(gradient)
+    shifts = [shift_of(layer, gradient, shifted) for layer in range(1, len(LAYERS))]
+    shift = {f"shift_{name}": jnp.stack([each[name] for each in shifts]) for name in shifts[0]}
+    return {"losses": losses[: len(LENGTHS)], **found, "smoothness": found["distance"] / way, **shift}
+
+
+def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
+    """What `look` finds, in the course of training by plain SGD."""
+    data = study.pictures(config)
+    model = ConvNet(NORMS[setting], config.pick((8, 16, 32), (2, 4, 4), full=(32, 64, 128)))
+    order = np.random.default_rng(seed).permutation(len(data.train.labels))[:BATCH]
+    batch = Labelled(*(jnp.asarray(part[order]) for part in data.train))
+    find = jax.jit(lambda params, stats: look(loss_of(model, stats, batch), params))
+    options = dict(steps=config.pick(600, 20, full=15_000), every=config.pick(40, 10, full=250), batch_size=BATCH)
+    for state, line in study.train(model, optax.sgd(RATE), data, seed=seed, **options):
+        yield {**line, **jax.device_get(find(state.params, state.batch_stats))}
+
+
+def course(lines: list[study.Line], setting: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and what was found there `[seeds, T, lengths or layers]`."""
+    return study.curves(lines, setting, "step", name)
+
+
+def table(lines: list[study.Line]) -> str:
+    """Means over the course of training; the largest over the lengths for the loss, the distance and the smoothness."""
+    above = range(2, len(LAYERS) + 1)
+    text = [
+        "| | accuracy | range of the loss | gradient: distance | by the way gone (β) | cosine after 1, 4 rates | "
+        f"shift: distance, layers {', '.join(map(str, above))} | shift: cosine |",
+        "|---" * 8 + "|",
+    ]
+    for setting in NORMS:
+        found = {name: course(lines, setting, name)[1] for name in ("losses", "distance", "smoothness", "cosine")}
+        shift = [course(lines, setting, f"shift_{name}")[1].mean((0, 1)) for name in ("distance", "cosine")]
+        cosine = found["cosine"].mean((0, 1))
+        cells = [
+            study.spread(course(lines, setting, "accuracy")[1][:, -1]),
+            study.spread(np.ptp(found["losses"], axis=2).mean(1)),
+            *(study.spread(found[name].max(2).mean(1)) for name in ("distance", "smoothness")),
+            *(", ".join(f"{value:.2f}" for value in values) for values in (cosine[[len(cosine) // 2, -1]], *shift)),
+        ]
+        text.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def between(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """The range over the lengths, the mean of the seeds."""
+    low, high = values.min(2).mean(0), values.max(2).mean(0)
+    axes.fill_between(steps, low, high, alpha=0.4, label=label)
+
+
+def draw(lines: list[study.Line], figure: Figure) -> None:
+    """The three pictures of the paper's figure 4, and what its figure 2 shows, the shift."""
+    (loss, distance, smoothness), (cosine, shift, turn) = figure.subplots(2, 3)
+    for i, setting in enumerate(NORMS):
+        between(loss, *course(lines, setting, "losses"), label=setting)
+        between(distance, *course(lines, setting, "distance"), label=setting)
+        steps, values = course(lines, setting, "smoothness")
+        study.band(smoothness, steps, values.max(2), label=setting)
+        _, values = course(lines, setting, "cosine")
+        study.band(cosine, LENGTHS, values.mean(1), label=setting)
+        for axes, name in ((shift, "shift_distance"), (turn, "shift_cosine")):
+            steps, values = course(lines, setting, name)
+            for layer, style in enumerate((":", "--", "-")):
+                label = f"{setting}, layer {layer + 2}"
+                study.band(axes, steps, values[..., layer], label=label, color=f"C{i}", ls=style)
+    loss.set(title="(a) loss", ylabel="range over step lengths", yscale="log")
+    distance.set(title="(b) distance of the gradients", ylabel="range over step lengths", yscale="log")
+    smoothness.set(title="(c) effective β", ylabel="largest distance / way gone", yscale="log")
+    cosine.set(title="(d) cosine of the gradients", xlabel="length of the step, learning rates", xscale="log")
+    shift.set(title="(e) internal covariate shift: distance", ylabel="of a layer's gradients", yscale="log")
+    turn.set(title="(f) internal covariate shift: cosine", ylabel="of a layer's gradients")
+    cosine.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    cosine.minorticks_off()
+    for axes in (loss, distance, smoothness, shift):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    for axes in (loss, distance, smoothness, cosine, turn):
+        axes.legend(fontsize="small")
+    for axes in (loss, distance, smoothness, shift, turn):
+        axes.set_xlabel("training step")
+
+
+STUDY = study.Study("santurkar2018", tuple(NORMS), trial, table, draw, size=(13, 7))
+
+if __name__ == "__main__":
+    study.run(STUDY, __doc__)

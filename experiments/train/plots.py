@@ -1,0 +1,101 @@
+"""Draws a run from its JSON lines alone: loss, accuracy, and the drift of every normalisation layer.
+
+`python -m experiments.train.plots METRICS.jsonl CURVES.png` draws them again.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.train.records import Line, read_lines
+
+SMOOTHING = 1 / 40  # of the run: the window of the moving average
+LEGEND = 6  # layers that a legend can name
+
+
+def draw(lines: list[Line], png: Path) -> None:
+    """Writes the curves of the run with these metrics to `png`."""
+    train, test = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (loss, accuracy), (mean, var) = figure.subplots(2, 2, sharex=True)
+    draw_metric(loss, train, test, "loss", "Cross-entropy")
+    loss.set_yscale("log")
+    draw_metric(accuracy, train, test, "accuracy", "Accuracy")
+    typical = np.median(values(test, "accuracy")) if test else 0
+    accuracy.set_ylim(np.floor(10 * typical) / 10, 1.005)  # the first steps may leave the picture
+    draw_drift(mean, train, "mean", "Batch mean against running mean", "RMS distance (standard deviations)")
+    draw_drift(var, train, "var", "Batch variance against running variance", "RMS log ratio")
+    for axes in (mean, var):
+        axes.set_xlabel("Training step")
+    figure.suptitle(title(lines))
+    figure.savefig(png, dpi=120)
+
+
+def title(lines: list[Line]) -> str:
+    """What was trained, and where."""
+    training, hardware = lines[0]["config"]["training"], lines[0]["hardware"]
+    return f"{training['data']}, batch {training['batch_size']}, {hardware['devices']} × {hardware['device_kind']}"
+
+
+def draw_metric(axes: Axes, train: list[Line], test: list[Line], name: str, label: str) -> None:
+    """The training curve, smoothed, and the test values as points."""
+    draw_smooth(axes, steps(train), values(train, name), "training batches, moving average", "C0")
+    axes.plot(steps(test), values(test, name), "o-", color="C1", markersize=3.5, label="test images, running averages")
+    finish(axes, label, label)
+
+
+def draw_drift(axes: Axes, train: list[Line], moment: str, heading: str, label: str) -> None:
+    """One curve per layer; of a deep network from dark to bright, and the legend has three of them."""
+    layers = sorted(train[0].get("drift", ()) if train else (), key=in_order)
+    deep = len(layers) > LEGEND
+    named = {layers[0], layers[len(layers) // 2], layers[-1]} if deep else set(layers)
+    for index, layer in enumerate(layers):
+        drift = np.array([line["drift"][layer][moment] for line in train], float)
+        color = colormaps["viridis"](index / (len(layers) - 1)) if deep else f"C{index}"
+        draw_smooth(axes, steps(train), drift, layer if layer in named else None, color)
+    axes.set_yscale("log")
+    finish(axes, heading, label)
+
+
+def in_order(layer: str) -> list[str | int]:
+    """BatchNorm_2 before BatchNorm_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", layer)]
+
+
+def finish(axes: Axes, heading: str, label: str) -> None:
+    """Title, unit, grid and, where there are curves, the legend."""
+    axes.set_title(heading)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    if axes.has_data():
+        axes.legend(frameon=False)
+
+
+def draw_smooth(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: Any) -> None:
+    """The moving average of `y`, with `y` itself faint behind it."""
+    if not len(y):
+        return
+    window = max(1, round(SMOOTHING * len(y)))
+    smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
+    axes.plot(x, y, color=color, alpha=0.15, linewidth=0.7)
+    axes.plot(x[window - 1 :], smooth, color=color, label=label)
+
+
+def steps(lines: list[Line]) -> np.ndarray:
+    """The step of each line."""
+    return np.array([line["step"] for line in lines])
+
+
+def values(lines: list[Line], name: str) -> np.ndarray:
+    """One number of each line; null becomes NaN."""
+    return np.array([line[name] for line in lines], float)
+
+
+if __name__ == "__main__":
+    draw(read_lines(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -1,0 +1,258 @@
+"""The training step of the experiments: both partitions and any number of devices give the same numbers."""
+
+import re
+from collections.abc import Callable
+from functools import cache, partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax.linen import BatchNorm, MovingAverageBatchNorm
+from bnjax.tools import decay_mask
+from experiments.data.images import Labelled
+from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.errors import ConfigError, RunError
+from experiments.models.convolutional import ConvNet, ResNet20, max_pool, shortcut
+from experiments.train.config import Config, Hardware, Training, check_split, validate
+from experiments.train.devices import data_mesh, replicated
+from experiments.train.drift import drift
+from experiments.train.fingerprint import fingerprint
+from experiments.train.loop import (
+    Batch,
+    Metrics,
+    TrainState,
+    axis_name,
+    chunks,
+    create_state,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+    place,
+)
+from experiments.train.optimizer import adamw, warmup_cosine
+
+BATCH, STEPS = 16, 4
+
+
+@pytest.fixture(scope="module")
+def data() -> Labelled:
+    rng = np.random.default_rng(0)
+    return Labelled(rng.integers(0, 256, (64, 28, 28, 1), np.uint8), rng.integers(0, 10, 64, np.int32))
+
+
+def build(partition: str) -> ConvNet:
+    return ConvNet(partial(BatchNorm, momentum=0.9, axis_name=axis_name(partition)), widths=(4, 8))
+
+
+def trained(data: Labelled, partition: str, devices: int, accumulate: int = 1) -> tuple[TrainState, Metrics]:
+    """The state after four steps and the metrics of the last, under SGD, whose steps are as smooth as the gradient.
+
+    Adam would divide gradients that are zero but for rounding by their own size.
+    """
+    mesh, model, optimizer = data_mesh(devices), build(partition), optax.sgd(0.05)
+    step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {}, accumulate=accumulate)
+    batches = training_batches(data, BATCH, epochs=1, seed=0)
+    return list(chunks(step, create_state(model, optimizer, 0, mesh), batches, mesh, [STEPS]))[-1]
+
+
+@pytest.fixture(scope="module")
+def once(data: Labelled) -> Callable[[str, int], tuple[TrainState, Metrics]]:
+    """`trained`, which tests share."""
+    return cache(partial(trained, data))
+
+
+@pytest.mark.parametrize(("partition", "devices"), [("shard_map", 1), ("shard_map", 8), ("jit", 8)])
+def test_partition_and_devices_change_nothing(once, partition: str, devices: int) -> None:
+    (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where a batch has no parts
+    # Sums of 16·28² ≈ 2^14 terms in another order, through four steps: 2^14 roundings of 6e-8 at the very worst.
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))
+    jax.tree.map(close, metrics, reference[1])
+
+
+def test_what_the_backward_pass_updates_goes_from_step_to_step(data: Labelled) -> None:
+    """The statistics of recent batches that MABN keeps: of all devices' rows, with every step counted."""
+
+    def after(partition: str, devices: int) -> TrainState:
+        norm = partial(MovingAverageBatchNorm, buffer_size=STEPS, warmup=1, axis_name=axis_name(partition))
+        mesh, model, optimizer = data_mesh(devices), ConvNet(norm, widths=(4,)), optax.sgd(0.05)
+        step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {})
+        batches = training_batches(data, BATCH, epochs=1, seed=0)
+        return list(chunks(step, create_state(model, optimizer, 0, mesh), batches, mesh, [STEPS]))[-1][0]
+
+    one, eight = jax.device_get((after("jit", 1).overwritten, after("shard_map", 8).overwritten))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), eight, one)
+    (kept,) = one.values()
+    assert (kept["steps"] == STEPS).all() and (kept["squares"] > 0).all()
+
+
+@pytest.mark.parametrize(("partition", "devices"), [("shard_map", 4), ("jit", 4)])
+def test_micro_batches_are_the_same_on_any_devices(once, partition: str, devices: int) -> None:
+    (state, metrics), reference = once(partition, devices, 2), once("jit", 1, 2)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))
+    jax.tree.map(close, metrics, reference[1])
+
+
+def test_gradients_and_averages_are_the_means_over_micro_batches(data: Labelled) -> None:
+    """One step of gradient descent with rate one on a batch, and on each half of its records alone."""
+    mesh, model, optimizer = data_mesh(1), build("jit"), optax.sgd(1.0)
+    batch = next(training_batches(data, BATCH, epochs=1, seed=0))
+
+    def after(batch: Batch, accumulate: int) -> TrainState:
+        step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {}, accumulate=accumulate)
+        return step(create_state(model, optimizer, 0, mesh), place(batch, mesh))[0]
+
+    halves = [after({name: part[start::2] for name, part in batch.items()}, 1) for start in (0, 1)]
+    wanted = jax.tree.map(lambda *both: np.mean(both, axis=0), *[(state.params, state.batch_stats) for state in halves])
+    both = after(batch, 2)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (both.params, both.batch_stats), wanted)
+
+
+def test_gradient_state_wants_whole_batches(data: Labelled) -> None:
+    mesh, model, optimizer = data_mesh(1), ConvNet(MovingAverageBatchNorm, widths=(4,)), optax.sgd(0.1)
+    step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {}, accumulate=2)
+    batch = place(next(training_batches(data, BATCH, epochs=1, seed=0)), mesh)
+    with pytest.raises(ConfigError, match="without micro-batches"):
+        step(create_state(model, optimizer, 0, mesh), batch)
+
+
+def test_resnet20_is_the_papers() -> None:
+    """Its table 6 says 0.27 million parameters; 19 convolutions, each with a BN, and a Dense layer."""
+    model = ResNet20(partial(BatchNorm, momentum=0.9))
+    for shape in ((1, 32, 32, 3), (1, 28, 28, 1)):
+        found = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
+        names = [name.split("_")[0] for name in found["params"]]
+        assert (names.count("Conv"), names.count("BatchNorm"), names.count("Dense")) == (19, 19, 1)
+        assert round(sum(leaf.size for leaf in jax.tree.leaves(found["params"])) / 1e4) == 27
+
+
+def test_a_shortcut_takes_every_second_position_and_adds_channels_of_zeros() -> None:
+    x = jnp.arange(2.0 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    found = shortcut(x, 5, 2)
+    np.testing.assert_array_equal(found[..., :3], x[:, ::2, ::2])
+    assert found.shape == (2, 2, 2, 5) and not np.any(found[..., 3:])
+
+
+@pytest.mark.parametrize("partition", ["shard_map", "jit"])
+def test_the_same_seed_on_the_same_devices_gives_the_same_bits(data, once, partition: str) -> None:
+    first, second = once(partition, 8), trained(data, partition, 8)
+    assert fingerprint(first[0]) == fingerprint(second[0])
+    assert first[1] == second[1]
+
+
+def test_fingerprint_depends_on_every_bit_and_sees_replicas_that_differ() -> None:
+    mesh = data_mesh(2)
+    state = jax.device_put({"a": np.zeros(3, np.float32), "b": np.zeros(2)}, replicated(mesh))
+    other = jax.device_put({"a": np.array([0, 0, -0.0], np.float32), "b": np.zeros(2)}, replicated(mesh))
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint(state))
+    assert fingerprint(state) == fingerprint(jax.device_get(state))
+    assert fingerprint(state) != fingerprint(other)
+    parts = [jax.device_put(np.full(2, value), device) for value, device in enumerate(jax.devices()[:2])]
+    torn = jax.make_array_from_single_device_arrays((2,), replicated(mesh), parts)
+    with pytest.raises(RunError, match=r"different values of \['b'\]"):
+        fingerprint({**state, "b": torn})
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluation_does_not_depend_on_the_batch_size(data: Labelled, devices: int) -> None:
+    mesh, model = data_mesh(devices), build("jit")
+    state = create_state(model, optax.sgd(0.1), 0, mesh)
+    step = make_eval_step(model, mesh)
+    whole, ragged = (evaluate(step, state, evaluation_batches(data, size), mesh) for size in (64, 24))
+    assert whole == pytest.approx(ragged, rel=1e-6)
+
+
+def test_model_without_normalisation_trains_in_the_same_loop(data: Labelled) -> None:
+    class Identity(nn.Module):
+        use_running_average: bool
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x
+
+    mesh, model, optimizer = data_mesh(2), ConvNet(Identity, widths=(4,)), optax.sgd(0.1)
+    step = make_train_step(model, optimizer, mesh, "shard_map", lambda state, stats: {})
+    batches = training_batches(data, BATCH, epochs=1, seed=0)
+    ((state, rows),) = chunks(step, create_state(model, optimizer, 0, mesh), batches, mesh, [2])
+    assert state.batch_stats == {}
+    assert np.isfinite(rows[-1]["loss"])
+
+
+def test_decay_leaves_scales_and_biases_out(data: Labelled) -> None:
+    state = create_state(build("jit"), optax.sgd(0.1), 0, data_mesh(1))
+    mask = decay_mask(state.params)
+    assert mask["Conv_0"] == {"kernel": True}
+    assert mask["BatchNorm_0"] == {"scale": False, "bias": False}
+    assert mask["Dense_0"] == {"kernel": True, "bias": False}
+
+
+def test_adamw_decays_kernels_alone() -> None:
+    params = {"Dense_0": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "BatchNorm_0": {"scale": jnp.ones(3)}}
+    optimizer = adamw(warmup_cosine(0.1, 10, 0.0), weight_decay=0.5)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["Dense_0"]["kernel"], -0.05 * np.ones(3), rtol=1e-6)
+    assert not updates["Dense_0"]["bias"].any()
+    assert not updates["BatchNorm_0"]["scale"].any()
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    schedule = warmup_cosine(0.2, 100, 0.1)
+    assert [float(schedule(step)) for step in (0, 10, 100)] == pytest.approx([0, 0.2, 0])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+def test_drift_recovers_the_moments_of_the_batch(momentum: float) -> None:
+    x = np.random.default_rng(0).normal(3, 2, (64, 5)).astype(np.float32)
+    model = nn.Sequential([BatchNorm(use_running_average=False, momentum=momentum, epsilon=1e-5)])
+    variables = model.init(jax.random.key(0), x)
+    before = {"layers_0": {"mean": jnp.full(5, 2.5), "var": jnp.full(5, 3.0)}}
+    _, updates = model.apply({**variables, "batch_stats": before}, x, mutable=["batch_stats"])
+    (layer,) = drift(before, updates["batch_stats"], momentum=momentum, epsilon=1e-5).values()
+    mean, var = x.mean(0, dtype=np.float64), x.var(0, dtype=np.float64)
+    # new − momentum·old loses the digits that the weight of the batch, 1 − momentum, leaves below it
+    rtol = 1e-5 / (1 - momentum)
+    np.testing.assert_allclose(layer["mean"], np.sqrt(np.mean((mean - 2.5) ** 2 / 3)), rtol=rtol)
+    np.testing.assert_allclose(layer["var"], np.sqrt(np.mean(np.log(var / 3) ** 2)), rtol=rtol)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_max_pool_is_that_of_flax(size: int) -> None:
+    x = np.random.default_rng(size).normal(size=(2, size, size, 3)).astype(np.float32)
+    pooled, flax = (partial(pool, x) for pool in (max_pool, partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))))
+    np.testing.assert_array_equal(pooled(), flax())
+
+
+BAD = {
+    "--batch-size": Training(batch_size=0),
+    "--epochs": Training(epochs=0),
+    "--lr": Training(lr=-0.1),
+    "--momentum": Training(momentum=1.0),
+    "--weight-decay": Training(weight_decay=float("nan")),
+    "--seed": Training(seed=-1),
+    "--skip-nonfinite": Training(skip_nonfinite=-1),
+    "--devices": Hardware(devices=0),
+    "--heartbeat-timeout": Hardware(heartbeat_timeout=0),
+    "--process-id": Hardware(processes=2, process_id=2, coordinator="localhost:1"),
+    "--coordinator": Hardware(processes=2),
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_bad_options_are_named(option: str) -> None:
+    bad = BAD[option]
+    with pytest.raises(ConfigError, match=option):
+        validate(Config(training=bad) if isinstance(bad, Training) else Config(hardware=bad))
+
+
+def test_batch_must_divide_over_the_devices() -> None:
+    with pytest.raises(ConfigError, match=r"--batch-size 100 .* 8 devices: expected a multiple, such as 104"):
+        check_split(100, 8, 1, 4000)
+    with pytest.raises(ConfigError, match=r"8 devices and 3 micro-batches: expected a multiple, such as 120"):
+        check_split(100, 8, 3, 4000)
+    with pytest.raises(ConfigError, match="only 64 training images"):
+        check_split(100, 1, 1, 64)

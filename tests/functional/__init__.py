@@ -1,0 +1,1 @@
+"""Tests of the mathematics: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""Tests of the modules for flax.linen and flax.nnx."""

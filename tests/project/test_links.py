@@ -1,0 +1,51 @@
+"""Every relative link in a Markdown file leads to a file that is there, and to a heading in it where it names one."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")])
+
+
+def prose(file):
+    """Its text without blocks of code and without code in a line, where nothing is a link or a heading."""
+    return re.sub(r"^```.*?^```", "", file.read_text(), flags=re.M | re.S)
+
+
+def links(file):
+    """The targets of links and pictures, but for those on other hosts."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(file)))
+    return [target for target in targets if not re.match(r"\w+:", target)]
+
+
+def anchors(file):
+    """What GitHub makes of the headings: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", prose(file), re.M)
+    plain = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links(file):
+    for target in links(file):
+        path, _, anchor = target.partition("#")
+        there = (file.parent / path).resolve() if path else file
+        assert there.exists(), f"{target}: no such file"
+        assert there.is_relative_to(ROOT), f"{target}: outside of the repository"
+        assert not anchor or anchor in anchors(there), f"{target}: the headings are {sorted(anchors(there))}"
+
+
+def test_the_check_sees_links_and_headings():
+    assert "docs/guides/controls.md" in links(ROOT / "README.md")
+    assert "中文摘要" in anchors(ROOT / "docs" / "article.md")
+    assert "activation-and-residual" in anchors(ROOT / "docs" / "background" / "fusion.md")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_commands(file):
+    """A program that a page names can be started."""
+    for name in sorted(set(re.findall(r"python -m (experiments(?:\.\w+)*)", file.read_text()))):
+        assert importlib.util.find_spec(name), f"{file.name} names {name}"
