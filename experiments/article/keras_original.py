@@ -1,7 +1,7 @@
 """The Keras program of the article's section 4.1, layer for layer. Needs Keras 3, on any of its backends.
 
-The article writes `tf.keras`, where this file has `keras`: since TensorFlow 2.16 they are the same package. Its `x_train`
-and `y_train` are not defined; here they are images between 0 and 1 and integer labels.
+The article writes `tf.keras`, which is this same package since TensorFlow 2.16. Its `x_train` and `y_train` are not
+defined; here they are images between 0 and 1 and integer labels.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """The Keras program of the article's section 4.1 in Flax and Optax.
 
-What Keras does otherwise than Flax and Optax: BatchNormalization averages with momentum 0.99 and adds 1e-3 to the variance;
-kernels start as Glorot's uniform ones; Adam adds its epsilon before the second moment is debiased (:func:`keras_adam`).
-The softmax of the original is in the loss here.
+What Keras does otherwise than Flax and Optax: BatchNormalization averages with momentum 0.99 and adds 1e-3 to the
+variance; kernels are drawn by Glorot's uniform rule; Adam adds its epsilon before the second moment is debiased
+(:func:`keras_adam`). The softmax of the original is in the loss here.
 """
 
 from functools import cache
@@ -45,12 +45,12 @@ def _blank() -> Any:
 
 
 def load(weights: Any) -> Any:
-    """Returns the variables of the port for the weights of the original by their paths, `{"sequential/conv2d/kernel": ...}`."""
+    """Returns the variables of the port for the original's weights by path, `{"sequential/conv2d/kernel": ...}`."""
     return from_keras(weights, _blank(), names=NAMES)
 
 
 def save(variables: Any) -> Any:
-    """Returns the weights of the original, by their paths, for the variables of the port."""
+    """Returns the original's weights by path for the variables of the port."""
     return to_keras(variables, names=NAMES)
 
 

@@ -1,7 +1,7 @@
 """The PyTorch program of the article's section 4.2, layer for layer, and with its wrong number mended. Needs PyTorch.
 
-As printed it cannot run. A 3×3 convolution without padding leaves 26·26 of 28·28 positions, the maximum over axis 1 takes
-the 32 channels away, and so 26·26 numbers are left of each image where `view` and `Linear` count on 32·28·28.
+As printed it cannot run. A 3×3 convolution without padding leaves 26·26 of 28·28 positions, the maximum over axis 1
+takes the 32 channels away, and so 26·26 numbers are left of each image where `view` and `Linear` count on 32·28·28.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 class Repaired(Net):
-    """The same layers in the same order; the one number, which stands in `view` and in `Linear`, is what the layers leave."""
+    """The same layers in the same order; the number in `view` and in `Linear` is that of what is left of an image."""
 
     features = 26 * 26
 

@@ -1,7 +1,7 @@
 """The PyTorch program of the article's section 4.2, repaired, in Flax and Optax.
 
-What PyTorch does otherwise than Flax: BatchNorm2d averages with momentum 0.9 (which it calls 0.1), and the variance that
-it averages is the unbiased one; weights and biases start uniform within ±1/√(inputs of a unit).
+What PyTorch does otherwise than Flax: BatchNorm2d averages with momentum 0.9 (which it calls 0.1), and the variance
+that it averages is the unbiased one; weights and biases are drawn uniformly within ±1/√(inputs of a unit).
 """
 
 from functools import cache
