@@ -24,14 +24,20 @@ NAMES = {
 
 
 class KerasNet(nn.Module):
-    """Conv 3×3 with ReLU → BatchNorm → max-pool 2×2 → flatten → Dense."""
+    """Conv 3×3 with ReLU → BatchNorm → max-pool 2×2 → flatten → Dense.
+
+    `bn_first` puts the ReLU behind the BatchNorm, where the article's section 2.1 has it; its program does not.
+    """
+
+    bn_first: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """images: `[N, 28, 28, 1]` float. Returns the logits, `[N, 10]`."""
         glorot = nn.initializers.glorot_uniform()
-        x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", kernel_init=glorot)(images))
-        x = BatchNorm(use_running_average=not train, **fields_from_keras())(x)
+        norm = BatchNorm(use_running_average=not train, **fields_from_keras())
+        x = nn.Conv(32, (3, 3), padding="VALID", kernel_init=glorot)(images)
+        x = nn.relu(norm(x)) if self.bn_first else norm(nn.relu(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
         return nn.Dense(10, kernel_init=glorot)(x.reshape(len(x), -1))
 

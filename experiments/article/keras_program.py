@@ -24,7 +24,7 @@ import numpy as np
 from bnjax.tools import fields_from_keras, recalibrate
 from experiments.article import keras_port, training
 from experiments.data.images import Labelled
-from experiments.repro import study as repro
+from experiments.repro import study
 
 PORT, ORIGINAL, FULL_BATCH = "port", "original in Keras", "port, 5 full-batch steps"
 SETTINGS = {PORT: 32, ORIGINAL: 32, FULL_BATCH: None}  # images in each step; None: all
@@ -45,7 +45,7 @@ def original(weights: Any) -> training.Trained:
     return Original(weights)
 
 
-def trial(setting: str, seed: int, config: repro.Config) -> Iterator[repro.Line]:
+def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
     """Yields the first losses, the accuracy by epoch and, for the port, by other statistics than running averages."""
     port = training.Port(keras_port, seed)
     trained = original(keras_port.save(training.variables_of(port.state))) if setting == ORIGINAL else port
@@ -71,7 +71,7 @@ def by_other_statistics(port: training.Port, data: Labelled) -> dict[str, float]
     return dict(zip(EVALUATED, accuracies, strict=True))
 
 
-def table(lines: list[repro.Line]) -> str:
+def table(lines: list[study.Line]) -> str:
     """Returns the table of both, and the accuracy by other statistics."""
     rows = [line for line in lines if line["kind"] == "evaluation"]
     text = [
@@ -80,13 +80,13 @@ def table(lines: list[repro.Line]) -> str:
         "| the port, evaluated by | test accuracy, % |",
         "|---|---|",
     ]
-    text += [f"| {name} | {repro.spread([100 * row[name] for row in rows], 1)} |" for name in EVALUATED]
+    text += [f"| {name} | {study.spread([100 * row[name] for row in rows], 1)} |" for name in EVALUATED]
     return "\n".join(text)
 
 
 RUNNABLE = tuple(setting for setting in SETTINGS if setting != ORIGINAL or INSTALLED)
 DRAW = partial(training.draw, settings=SETTINGS, port=PORT, original=ORIGINAL)
-STUDY = repro.Study("keras_program", RUNNABLE, trial, table, DRAW)
+STUDY = study.Study("keras_program", RUNNABLE, trial, table, DRAW)
 
 if __name__ == "__main__":
-    repro.run(STUDY, __doc__, Path(__file__).parent / "results")
+    study.run(STUDY, __doc__, Path(__file__).parent / "results")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.article import torch_port, training
-from experiments.repro import study as repro
+from experiments.repro import study
 
 PORT, ORIGINAL, BATCHES = "port", "repaired original in PyTorch", "port, 5 epochs of batches of 32"
 SETTINGS = {PORT: None, ORIGINAL: None, BATCHES: 32}  # images in each step; None: all
@@ -32,7 +32,7 @@ def original(weights: Any) -> training.Trained:
     return Original(weights)
 
 
-def trial(setting: str, seed: int, config: repro.Config) -> Iterator[repro.Line]:
+def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
     """Yields the first losses and the accuracy by epoch."""
     port = training.Port(torch_port, seed)
     trained = original(torch_port.save(training.variables_of(port.state))) if setting == ORIGINAL else port
@@ -41,7 +41,7 @@ def trial(setting: str, seed: int, config: repro.Config) -> Iterator[repro.Line]
 
 RUNNABLE = tuple(setting for setting in SETTINGS if setting != ORIGINAL or INSTALLED)
 WHAT = dict(settings=SETTINGS, port=PORT, original=ORIGINAL)
-STUDY = repro.Study("torch_program", RUNNABLE, trial, partial(training.table, **WHAT), partial(training.draw, **WHAT))
+STUDY = study.Study("torch_program", RUNNABLE, trial, partial(training.table, **WHAT), partial(training.draw, **WHAT))
 
 if __name__ == "__main__":
-    repro.run(STUDY, __doc__, Path(__file__).parent / "results")
+    study.run(STUDY, __doc__, Path(__file__).parent / "results")
