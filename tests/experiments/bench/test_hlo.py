@@ -1,0 +1,17 @@
+"""What is read from the text of a compiled program."""
+
+from experiments.bench.compiled import hlo
+
+
+def test_a_transfer_that_begins_counts_what_it_moves():
+    """Of a slice no more than the slice, and nothing that is written on chip."""
+    text = """
+ENTRY %main (w: f32[64,8]) -> f32[64,8] {
+  %w = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %slice-start = ((f32[64,8]{1,0:T(8,128)}), f32[16,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w)
+  %slice-done = f32[16,8]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %copy-start = (f32[64,8]{1,0:T(8,128)}, f32[64,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  ROOT %copy-done = f32[64,8]{1,0:T(8,128)} copy-done(%copy-start)
+}
+"""
+    assert hlo.traffic(text) == ((16 + 64 + 64) * 8 * 4, 0)
