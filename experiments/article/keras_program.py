@@ -4,7 +4,7 @@ Claim:    From the same weights the port of the article's Keras program has the 
           steps, and learns as much in its 5 epochs.
 Command:  python -m experiments.article.keras_program --seeds 5      # --smoke: seconds
 Hardware: 2 CPU cores
-Time:     4 min of one core
+Time:     5 min of one core
 
 Original and port begin with the same weights and see the same batches of 32 of the 4,000 digits. After the port's last
 epoch the 1,000 held-back digits are also evaluated by what the article's section 3.1 would keep instead of running

@@ -135,4 +135,5 @@ def draw(lines: list[Line], figure: Figure, settings: dict[str, Any], port: str,
             band(accuracy, epochs, 100 * values, label=setting, ls="--" if setting == original else "-", marker="o")
     accuracy.set(title="1,000 held-back digits", xlabel="epoch", ylabel="test accuracy, %")
     for axes in (losses, accuracy):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
