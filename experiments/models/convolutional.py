@@ -1,4 +1,4 @@
-"""Networks for images that take their normalisation as an argument: the article's, and ResNet-20."""
+"""Networks for images that take their normalisation as an argument: plain ones, and ResNet-20."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -5,9 +5,9 @@ Command:  python -m experiments.repro.bjorck2018                 # --smoke: seco
 Hardware: 2 CPU cores
 Time:     9 min of one core
 
-Bjorck, Gomes, Selman & Weinberger 2018, https://arxiv.org/abs/1806.02375, figure 1 (there a ResNet on CIFAR-10), and
-the article's comparison of a CNN with BN and one without. Three times conv 3×3 → norm → ReLU → pooling, and a Dense
-layer; SGD with momentum 0.9, batches of 50 of the 4,000 digits.
+Bjorck, Gomes, Selman & Weinberger 2018, https://arxiv.org/abs/1806.02375, figure 1 (there a ResNet on CIFAR-10).
+Three times conv 3×3 → norm → ReLU → pooling, and a Dense layer, with BN and without; SGD with momentum 0.9, batches of
+50 of the 4,000 digits.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ Schneider et al. 2020, https://arxiv.org/abs/2006.16971: a ResNet-50 on ImageNet
 the statistics of training and 62.2 % with those of the corrupted images (`bnjax.tools.adapt_statistics`); few images
 do too where the old statistics count as a number N of images beside them. Wang et al. 2021,
 https://arxiv.org/abs/2006.10726: Tent also takes a step on scale and bias with each batch, so that the entropy of the
-predictions falls (`bnjax.tools.tent`). Here the article's ConvNet and those of `experiments.data.corruptions`;
+predictions falls (`bnjax.tools.tent`). Here a ConvNet of three blocks and those of `experiments.data.corruptions`;
 Tent with Adam at 0.001 and 20 batches of 100, from the trained network anew for each corruption and strength.
 """
 

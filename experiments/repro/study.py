@@ -80,9 +80,9 @@ class Study(NamedTuple):
     size: tuple[float, float] = (10, 4)  # of the picture
 
 
-def run(study: Study, doc: str | None) -> None:
-    """The command line of a study."""
-    config = tyro.cli(Config, description=doc)
+def run(study: Study, doc: str | None, results: Path = RESULTS) -> None:
+    """The command line of a study, whose results lie in the folder `results` by default."""
+    config = tyro.cli(Config, description=doc, default=Config(out=results))
     start(Hardware(devices=study.devices))
     try:
         with _compiled_once():

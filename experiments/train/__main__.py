@@ -1,4 +1,4 @@
-"""Trains the article's network with batch normalisation on real images over every device, and shows its work.
+"""Trains a network with batch normalisation on real images over every device, and shows its work.
 
 Claim:    A three-block BN network reads at least 98 % of 1,000 held-back MNIST digits after a minute on two CPU cores.
 Command:  python -m experiments.train

@@ -15,7 +15,7 @@ class Training:
     """mnist-5k: 4,000 + 1,000 real digits, embedded. fashion-mnist: the MNIST-format folder --data-dir. cifar-10: its
     binary files in --data-dir."""
     model: Literal["convnet", "resnet20"] = "convnet"
-    """convnet: the article's three blocks. resnet20: of He et al. 2016, for 28×28 and 32×32 images."""
+    """convnet: three blocks of convolution and norm. resnet20: of He et al. 2016, for 28×28 and 32×32 images."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64

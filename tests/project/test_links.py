@@ -40,7 +40,7 @@ def test_links(file):
 
 def test_the_check_sees_links_and_headings():
     assert "docs/guides/controls.md" in links(ROOT / "README.md")
-    assert "中文摘要" in anchors(ROOT / "docs" / "article.md")
+    assert "ε-应在根号之内" in anchors(ROOT / "docs" / "article.zh.md")
     assert "no-pallas-kernel" in anchors(ROOT / "experiments" / "bench" / "README.md")
 
 
