@@ -116,6 +116,7 @@ class Recorder:
             raise FileNotFoundError(f"{self._path} has vanished")
 
     def _append(self, line: jsonl.Line) -> None:
+        """Writes one line to the metrics."""
         self._lines.write(jsonl.text(line, digits=DIGITS))
 
 
@@ -142,12 +143,15 @@ class Events:
         self._write(step, summary=merged)
 
     def flush(self) -> None:
+        """Flushes the events to disk."""
         self._writer.flush()
 
     def close(self) -> None:
+        """Closes the file of events."""
         self._writer.close()
 
     def _write(self, step: int, **content: Any) -> None:
+        """Writes one event with the current time."""
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
