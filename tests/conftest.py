@@ -1,4 +1,4 @@
-"""The run is stricter than any user: eight CPU devices, no implicit rank promotion, warnings are errors."""
+"""Configures pytest: eight simulated CPU devices, and implicit rank promotion in JAX is an error."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""What hypothesis comes up with: any dtype, rank, axis, mask, epsilon and momentum, for every function and module.
+"""Tests drawn combinations of dtype, rank, axis, mask, epsilon and momentum, for every function and module.
 
-Either all of it fits together, by a definition of its own here, and the float64 answer must come; or it does not, and
-bnjax itself must say so (no error from inside JAX or NumPy counts), with a `ValueError` or `TypeError`.
+If a combination makes sense, by the definition in this file, the result must be the float64 answer. If not, bnjax
+itself must raise a `ValueError` or `TypeError`; an error from inside JAX or NumPy fails the test.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def _drawn(shape, dtype, seed):
 
 
 def _features(shape, axis):
-    """The feature shape, or None."""
+    """Returns the feature shape, or None if the axis does not fit."""
     axes = (axis,) if isinstance(axis, int) else axis
     fits = isinstance(axes, tuple) and axes and all(-len(shape) <= a < len(shape) for a in axes)
     if not fits or len({a % len(shape) for a in axes}) < len(axes):
@@ -76,7 +76,7 @@ def _features(shape, axis):
 
 
 def makes_sense(case):
-    """Whether what is given fits together."""
+    """Returns True if the arguments of a case fit together."""
     x = case.x()
     if _features(x.shape, case.axis) != case.channels:
         return False
@@ -93,7 +93,7 @@ def makes_sense(case):
 
 
 def attempt(call):
-    """What it gives, or its error."""
+    """Calls a function, and returns its result or the exception it raised."""
     with warnings.catch_warnings(action="ignore", category=bnjax.OneRowWarning):
         try:
             return call()
@@ -109,7 +109,7 @@ def assert_said_by_bnjax(error, what):
 
 
 def check(case, layer, *, like=None, is_valued=True):
-    """`like`: the case whose answer is that of this layer, if not this one's."""
+    """Checks a layer on a case; `like` is the case whose answer is expected, if not this one's."""
     runs = [attempt(lambda how=how: traced(layer(case), case.x(), how)) for how in ("eager", "shape")]
     if not makes_sense(case):
         for result in runs:
@@ -144,7 +144,7 @@ KINDS = dict(linen=(bnjax.linen, linen), nnx=(bnjax.nnx, nnx_module))
 
 
 def _of_domain_1(layer, case):
-    """The running averages of one domain."""
+    """Returns a layer whose running averages are those of domain 1."""
 
     def run(x):
         result = layer(case)(x)
@@ -171,7 +171,7 @@ def test_variants(name, api, case):
 @given(case=cases())
 @sweep(max_examples=25)
 def test_frozen(api, case):
-    """Which never looks at momentum."""
+    """Checks FrozenBatchNorm, which ignores the momentum."""
     case = dataclasses.replace(case, train=True, momentum=0.9)
     modules, layer = KINDS[api]
     check(case, partial(layer, module=modules.FrozenBatchNorm), like=dataclasses.replace(case, train=False, mask=None))

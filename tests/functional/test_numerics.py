@@ -1,4 +1,4 @@
-"""Accuracy where float32 is hard: far from zero, from the first batch on; huge, tiny and constant channels; counts."""
+"""Tests accuracy where float32 is hard: far from zero; huge, tiny and constant channels; large counts."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,9 @@ def test_a_constant_channel_gives_the_bias(dtype, value):
     [(s, m) for s in (1e18, 1e20, 1e25, 1e30) for m in (0.0, 2.0, 30.0)] + [(1e36, 0.0), (1e36, 2.0)],
 )
 def test_squares_that_overflow(scale, offset):
-    """Output standardised, gradient finite; the variance itself does not exist in float32, so nothing is remembered."""
+    """Checks that y is standardised and the gradient finite; the variance overflows, so the running averages stay
+    unchanged.
+    """
     rng = np.random.default_rng(0)
     x = ((rng.normal(size=(64, 4)) + offset) * scale).astype(np.float32)
     want = _reference(x, np.ones(x.shape))

@@ -1,4 +1,4 @@
-"""Values and gradients of the functional core against the float64 oracle, over the whole table of cases."""
+"""Tests values and gradients of the functional core against the float64 oracle, over the whole table of cases."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_batch_moments_agree_with_batch_norm(case):
 
 
 def test_nobody():
-    """With no weight anywhere: statistics untouched, output and gradients finite."""
+    """Checks a batch without any weight: statistics unchanged, output and gradients finite."""
     x = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]])
     mask = jnp.zeros((2, 1))
     y, moments = bnjax.batch_norm(x, mask=mask)

@@ -1,7 +1,7 @@
-"""The table of variants: test_variants.py runs every property over every row. A new variant adds its row here.
+"""Lists the variants, whose properties test_variants.py tests; a new variant adds its row here.
 
-A row says the same thing four times: as functional, as linen and as nnx module, and as an independent formula in plain
-jax.numpy that autodiff differentiates in float64 (from the paper, not from the code; nothing of bnjax in it).
+A row defines a variant four times: as function, as linen module, as nnx module, and as a formula in plain jax.numpy
+that autodiff differentiates in float64. The formula is taken from the paper and uses nothing of bnjax.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ EPSILON = 1e-5
 
 
 def normalised(x, scale, bias, running, features):
-    """BatchNorm in evaluation."""
+    """Computes BatchNorm in evaluation."""
     rows = tuple(a for a in range(x.ndim) if a not in features)
     mean, var, scale, bias = (jnp.expand_dims(v, rows) for v in (running.mean, running.var, scale, bias))
     return (x - mean) / jnp.sqrt(var + EPSILON) * scale + bias
@@ -28,9 +28,9 @@ def normalised(x, scale, bias, running, features):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """One row.
+    """One row: the function, the fields of the modules, and the formula.
 
-    `train` and `formula` take the running averages (mean, var, steps) and return them after the step, with y.
+    `train` and `formula` take the running averages (mean, var, steps), and return y and the averages after the step.
     """
 
     name: str  # of the modules: bnjax.linen.<name>, bnjax.nnx.<name>
@@ -49,7 +49,7 @@ class Variant:
 
 
 def updating(function, **own):
-    """`train` of a functional variant that returns y and moments: the usual update of the running averages follows."""
+    """Makes `train` of a functional variant that returns y and moments, with the usual update of running averages."""
 
     def train(x, scale, bias, running, **options):
         y, moments = function(x, scale, bias, **own, **options)
@@ -59,7 +59,7 @@ def updating(function, **own):
 
 
 def averaged(running, x, features, mask):
-    """The running averages after a batch, whose moments are those of all its rows; empty channels keep theirs."""
+    """Computes the running averages after a batch, from the moments of all its rows; empty channels keep theirs."""
     mean, var, count = (v.reshape(running.mean.shape) for v in naive.moments(x, features, mask))
     pairs = ((running.mean, mean), (running.var, var))
     return tuple(jnp.where(count < 1e-200, old, MOMENTUM * old + (1 - MOMENTUM) * new) for old, new in pairs)
@@ -71,7 +71,7 @@ VIRTUAL = 2  # rows of the first axis: a device holds two or more virtual batche
 
 
 def _ghost(x, scale, bias, running, features, mask):
-    """Every virtual batch by itself; the running averages as if there were none."""
+    """Normalizes every virtual batch by itself; the running averages are those of the whole batch."""
     axis = min(set(range(x.ndim)) - set(features))
     cut = lambda a: jnp.broadcast_to(a, x.shape).reshape(*x.shape[:axis], -1, VIRTUAL, *x.shape[axis + 1 :])  # noqa: E731
     alone = lambda x, mask: naive.batch_norm(x, scale, bias, features, EPSILON, mask)  # noqa: E731
@@ -146,7 +146,7 @@ def _frozen(x, scale, bias, running, features, mask):
 
 
 def _about_zero(x, features, mask):
-    """E[x²] and the count, each of the rank of x."""
+    """Computes E[x²] and the count, with the rank of x."""
     mean, var, count = naive.moments(x, features, mask)
     return mean**2 + var, count
 

@@ -1,4 +1,4 @@
-"""Adaptation: the formulas of the papers, and that a shifted test set is met better with them than without."""
+"""Tests adaptation: the papers' formulas, and that it improves predictions on a shifted test set."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_a_channel_that_met_nothing_keeps_its_statistics():
 
 
 def test_adaptation_undoes_a_shift_of_the_input():
-    """Contrast and brightness changed: with the statistics of the target the predictions are the old ones."""
+    """Checks that with the target's statistics a change of contrast and brightness does not change the predictions."""
     model, variables = zoo.linen_net()
     x = zoo.images(4, rows=16)
     variables = tools.recalibrate(

@@ -1,4 +1,4 @@
-"""What holds for every tool: an example that runs, an error for a tree without statistics, and trees from Orbax."""
+"""Tests properties of every tool: a runnable example, an error for trees without statistics, trees from Orbax."""
 
 import functools
 import inspect
@@ -19,22 +19,22 @@ apply_fn = functools.partial(MODEL.apply, mutable=["batch_stats"])
 
 
 def other():
-    """Another tree of the same network."""
+    """Returns another tree of the same network."""
     return zoo.trained(zoo.linen_net()[1], 9)
 
 
 def moments():
-    """Of each layer of the network."""
+    """Returns moments for each layer of the network."""
     return {f"BatchNorm_{i}": bnjax.Moments(*[np.full(c, 0.5, np.float32)] * 3) for i, c in enumerate((4, 6))}
 
 
 def of_statistics(function, *arguments):
-    """The tool on the two collections, given all the variables."""
+    """Wraps a tool that takes the two collections into a function of all variables."""
     return lambda v: function(*arguments, v.get("params", {}), v.get("batch_stats", {}))
 
 
 def labelled(params, stats):
-    """Tent's optimizer, as what it does to gradients of one."""
+    """Returns what Tent's optimizer does to the parameters as gradients."""
     optimizer = tools.tent(optax.sgd(1.0), params, stats)
     return optimizer.update(params, optimizer.init(params), params)[0]
 
@@ -113,7 +113,7 @@ def test_the_tables_name_every_tool():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_tool_has_an_example(name):
-    """Which the run of the suite executes: it collects the doctests of the package."""
+    """Checks that the docstring has an example, which the suite runs as a doctest, and its sections."""
     doc = inspect.getdoc(getattr(tools, name))
     assert ">>> " in doc
     for part in ("Args:", "Examples:"):
@@ -146,7 +146,7 @@ def test_a_module_without_statistics(name):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A linen network and an nnx module, each with what Orbax restores of it."""
+    """Returns a linen network and an nnx module, each with what Orbax restores of it."""
     variables, model = zoo.linen_net()[1], zoo.nnx_net(bnjax.nnx.BatchNorm)
     model.eval()
     restored = zoo.through_orbax(nnx.to_pure_dict(nnx.state(model)), tmp_path_factory.mktemp("nnx"))
@@ -161,7 +161,7 @@ def checkpoints(tmp_path_factory):
 
 
 def plain(result):
-    """What a tool made, as a tree of arrays, numbers or strings."""
+    """Returns a tool's result as a tree of arrays, numbers or strings."""
     return nnx.to_pure_dict(nnx.state(result)) if isinstance(result, nnx.Module) else result
 
 
@@ -186,7 +186,7 @@ def test_frozen_norms_on_a_checkpoint(checkpoints):
 
 
 def test_labels_of_stacked_layers():
-    """scan and vmap put axes before the channels: a scale of rank two is a scale."""
+    """Checks that a scale of rank two, from scan or vmap, is recognised as a scale."""
     _, variables = zoo.linen_net(zoo.Nested)
     params = variables["params"]
     labels = tools.affine_labels(params, variables["batch_stats"])
@@ -200,7 +200,7 @@ def test_labels_of_stacked_layers():
 
 
 def test_masks_and_labels_of_vmapped_modules():
-    """nnx.vmap makes a module of stacked variables."""
+    """Checks the stacked variables that nnx.vmap creates."""
 
     @nnx.split_rngs(splits=4)
     @nnx.vmap(in_axes=0)

@@ -1,4 +1,4 @@
-"""Converters against PyTorch itself: outputs, gradients and updated statistics of one network and one step."""
+"""Tests the converters against PyTorch: outputs, gradients and updated statistics of one network and one step."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def live():
-    """The reference computed now; its step is the recorded one."""
+    """Computes the reference now, with the step that was recorded."""
     return runpy.run_path(str(FIXTURES / "make_torch_network.py"))["reference"]()
 
 
@@ -68,7 +68,7 @@ def variables(reference):
 
 
 def close(actual, wanted, what=""):
-    """To 1e-5 of the largest value."""
+    """Asserts equality to 1e-5 of the largest value."""
     wanted = np.asarray(wanted)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * (np.abs(wanted).max() + 1e-3), err_msg=what)
 
@@ -82,7 +82,7 @@ def test_evaluation(reference, variables):
 
 
 def test_a_training_step(reference, variables):
-    """The output, every gradient and every statistic after the step, Bessel's factor included."""
+    """Checks output, gradients and statistics after the step, with Bessel's correction."""
 
     def loss(params):
         both = {**variables, "params": params}
@@ -110,7 +110,7 @@ def test_there_and_back(reference, variables):
 
 
 def test_counted_batches(reference):
-    """PyTorch's momentum=None counts batches, and so do the layers here."""
+    """Checks that the count of batches under momentum=None is converted."""
     assert tools.fields_from_torch(momentum=None)["momentum"] is None
     blank = Network(momentum=None).init(jax.random.key(0), jnp.zeros((1, 6, 4, 3)))
     filled = tools.from_torch(reference["after"], blank, **OPTIONS)
@@ -126,7 +126,7 @@ def test_the_recorded_reference_is_that_of_the_script():
 
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 def test_nnx(norm):
-    """Paths are names as they are, layer normalization too; a state, a module."""
+    """Checks an nnx module and its state, whose paths become names, with layer normalization."""
     model = zoo.nnx_net(norm)
     state = tools.to_torch(model)
     assert {"convs.0.weight", "norms.1.running_var", "ln.weight", "head.bias"} <= state.keys()
@@ -147,7 +147,7 @@ def test_names_and_checkpoints(tmp_path):
 
 
 def safetensors(file, tensors):
-    """Writes the format by its definition: {name: (dtype, shape, bytes)}."""
+    """Writes a safetensors file by the definition of the format: {name: (dtype, shape, bytes)}."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (dtype, shape, raw) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
@@ -207,7 +207,7 @@ def test_errors():
 
 
 def test_reading_runs_no_code(tmp_path):
-    """An .npz with Python objects inside is one with pickles inside."""
+    """Checks that an .npz with Python objects, which are pickled, is refused."""
     np.savez(tmp_path / "state.npz", weight=np.array([{"a": 1}], object))
     with pytest.raises(ValueError, match="allow_pickle"):
         tools.read_arrays(tmp_path / "state.npz")
