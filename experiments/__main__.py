@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent
-CLAIM = re.compile(r"^Claim:((?:.|\n(?= ))+)", re.MULTILINE)  # its first line, and those that are indented
+CLAIM = re.compile(r"^Claim:((?:.|\n(?= ))+)", re.MULTILINE)  # the first line, and the indented ones that follow
 
 
 def claims() -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-# Before any device is asked for. Processes that tests start must count their own devices.
+# Set before JAX creates a device. Processes that tests start set their own number of devices.
 os.environ.pop("XLA_FLAGS", None)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -20,7 +20,7 @@ class Transformer(nn.Module):
 
     norm: Norm
     vocabulary: int
-    masked: bool = True  # whether the norms are told where the padding is
+    masked: bool = True  # whether the norms get the mask of the padding
     width: int = 64
     layers: int = 2
     heads: int = 4

@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, 28, 28, 1]` float. Returns the logits, `[N, 10]`."""
+        """Computes logits `[N, 10]` from float images `[N, 28, 28, 1]`."""
         x = images.reshape(len(images), -1)
         for _ in range(2):
             x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(self.width)(x)))

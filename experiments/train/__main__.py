@@ -66,7 +66,7 @@ from experiments.train.stopping import stop_requests
 EPSILON = 1e-5
 CURVES = "curves.png"
 LAYERS = "layers.txt"
-LOST, REFUSED = 1, 2  # exit status: the run cannot go on; it cannot begin as asked
+LOST, REFUSED = 1, 2  # exit statuses: a run that had started failed; the options or files are not usable
 
 
 class Session(NamedTuple):

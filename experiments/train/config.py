@@ -74,7 +74,7 @@ class Files:
     out: Path | None = None
     """Write to this folder instead of a numbered one."""
     resume: bool = False
-    """Go on with the latest run in --runs (or with --out) exactly where it stopped; begin where there is none yet."""
+    """Go on with the latest run in --runs (or with --out) exactly where it stopped; without one, start a new run."""
     stop_after: int | None = None
     """Stop with a checkpoint once this many steps are done, as SIGTERM does."""
     log_every: int = 10

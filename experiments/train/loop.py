@@ -20,7 +20,7 @@ from experiments.train.nonfinite import skipped, unless_skipped, value_and_grad
 Metrics = dict[str, Any]
 Partition = Literal["shard_map", "jit"]
 Observe = Callable[["TrainState", Any], Metrics]
-Inputs = Callable[[Batch], tuple[Any, ...]]  # what a model is called with
+Inputs = Callable[[Batch], tuple[Any, ...]]  # returns the model's arguments for a batch
 
 
 class TrainState(NamedTuple):
@@ -62,9 +62,7 @@ def create_state(
     params = variables["params"]
     stats, overwritten = variables.get("batch_stats", {}), variables.get(OVERWRITE_WITH_GRADIENT)
     state = TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), overwritten)
-    return jax.device_put(
-        jax.tree.map(jnp.copy, state), replicated(mesh)
-    )  # copied, because donated arrays must not share a buffer
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
 
 
 def axis_name(partition: Partition) -> str | None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments import jsonl
 
-SMOOTHING = 1 / 40  # of the run: the window of the moving average
+SMOOTHING = 1 / 40  # window of the moving average, as a fraction of the run
 LEGEND = 6  # layers that a legend can name
 
 
@@ -28,7 +28,7 @@ def draw(lines: list[jsonl.Line], png: Path) -> None:
     loss.set_yscale("log")
     draw_metric(accuracy, train, test, "accuracy", "Accuracy")
     typical = np.median(values(test, "accuracy")) if test else 0
-    accuracy.set_ylim(np.floor(10 * typical) / 10, 1.005)  # the first steps may leave the picture
+    accuracy.set_ylim(np.floor(10 * typical) / 10, 1.005)  # the first steps may be below the axis
     draw_drift(mean, train, "mean", "Batch mean against running mean", "RMS distance (standard deviations)")
     draw_drift(var, train, "var", "Batch variance against running variance", "RMS log ratio")
     for axes in (mean, var):

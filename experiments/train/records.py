@@ -19,7 +19,7 @@ from experiments import jsonl
 from experiments.errors import ConfigError, RunError
 
 METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "tensorboard", "checkpoints"
-DIGITS = 6  # of a number in the metrics
+DIGITS = 6  # significant digits of a number in the metrics
 
 
 def run_folder(runs: Path, out: Path | None, resume: bool) -> tuple[Path, bool]:
@@ -28,7 +28,7 @@ def run_folder(runs: Path, out: Path | None, resume: bool) -> tuple[Path, bool]:
     Args:
         runs: holds the numbered runs 0001, 0002, ...
         out: this folder instead of a numbered one.
-        resume: use the folder of the latest run instead of a new one. If there is none, a new folder is made, so
+        resume: use the folder of the latest run instead of a new one. Without one, a new folder is made, so
             that one command can start a job however often, and however early, it is killed.
     """
     numbers = sorted(int(path.name) for path in runs.glob("[0-9]*") if path.name.isdigit())
@@ -130,9 +130,7 @@ class Events:
     def __init__(self, folder: Path, purge_step: int):
         folder.mkdir(exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
-        self._write(
-            purge_step, session_log=SessionLog(status=SessionLog.START)
-        )  # hides events that a killed run wrote after this step
+        self._write(purge_step, session_log=SessionLog(status=SessionLog.START))  # hides later events of a killed run
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """Writes one event that holds all the `values`."""

@@ -86,12 +86,12 @@ def test_killed_at_random_moments_and_inside_checkpoint_writes(runs: Runs, tmp_p
         if moment == "start":
             time.sleep(rng.uniform(0, STARTUP))
         else:
-            wait_until(lambda before=before: len(starts(out)) > before, process)  # has thrown away what is torn
+            wait_until(lambda before=before: len(starts(out)) > before, process)  # has removed incomplete checkpoints
             assert starts(out)[-1] == last, "went on from another checkpoint than the last whole one"
             if moment == "first step":
                 time.sleep(rng.uniform(0, 1))
             else:
-                goal = last + rng.randrange(1, 15)  # in steps, since seconds say little about a busy machine
+                goal = last + rng.randrange(1, 15)  # in steps, because the time of a step varies on a busy machine
                 wait_until(lambda goal=goal: max(committed(out), default=0) >= goal, process)
             if moment == "training":
                 time.sleep(rng.uniform(0, 0.2))
@@ -117,12 +117,12 @@ def test_sigterm_saves_and_resume_goes_on(runs: Runs, short: Path, tmp_path: Pat
     assert_same_run(short, tmp_path / "out")
 
 
-# What stands before the command: a limit that holds for root too, whom the permissions of files do not stop.
+# Programs that restrict themselves and then run a command; unlike file permissions, the limit also stops root.
 LIMITED = (
     "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
-UNPRIVILEGED = (  # PR_CAPBSET_DROP (24) of CAP_DAC_OVERRIDE (1); whoever is not root needs and has none
+UNPRIVILEGED = (  # PR_CAPBSET_DROP (24) of CAP_DAC_OVERRIDE (1); only root has and needs it
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 

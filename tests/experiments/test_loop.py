@@ -66,7 +66,7 @@ def once(data: Labelled) -> Callable[[str, int], tuple[TrainState, Metrics]]:
 
 @pytest.mark.parametrize(("partition", "devices"), [("shard_map", 1), ("shard_map", 8), ("jit", 8)])
 def test_partition_and_devices_change_nothing(once, partition: str, devices: int) -> None:
-    (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where a batch has no parts
+    (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where the batch is not split
     # Sums of 16·28² ≈ 2^14 terms in another order, through four steps: 2^14 roundings of 6e-8 at the very worst.
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))

@@ -55,7 +55,7 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
 
     study = repro.Study("study", ("a", "b"), trial, lambda lines: f"{len(lines)} lines", lambda lines, figure: None)
     monkeypatch.setattr("sys.argv", ["study", "--seeds", "2", "--out", str(tmp_path)])
-    monkeypatch.setattr(repro, "start", lambda hardware: None)  # the devices of this process are those of all tests
+    monkeypatch.setattr(repro, "start", lambda hardware: None)  # this process has a fixed number of devices
     repro.run(study, None)
     file = tmp_path / "study.jsonl"
     whole = file.read_text()

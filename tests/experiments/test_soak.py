@@ -65,7 +65,7 @@ def test_twenty_thousand_steps_leave_no_trace() -> None:
         for state, rows in chunks(step, state, batches, mesh, range(CHUNK, STEPS + 1, CHUNK)):  # noqa: B020
             evaluate(eval_step, state, evaluation_batches(data, BATCH), mesh)
             memory[int(state.step)] = resident()
-            fingerprint(state)  # raises where a device holds other bits than the first
+            fingerprint(state)  # raises if the bits on a device differ from the first's
             skipped, loss = rows[-1]["skipped"], rows[-1]["loss"]
         assert len(compiled) == 2, compiled  # the one shape of the training step, the one of the evaluation
         evaluate(eval_step, state, evaluation_batches(data, 2 * BATCH), mesh)

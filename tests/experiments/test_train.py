@@ -116,7 +116,7 @@ def test_runs_are_numbered_and_resume_takes_the_latest(tmp_path: Path) -> None:
         folder, goes_on = run_folder(tmp_path, out=None, resume=False)
         assert folder == tmp_path / name and not goes_on
         (folder / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "0003").mkdir()  # what a start that failed leaves
+    (tmp_path / "0003").mkdir()  # the files of a start that failed
     assert run_folder(tmp_path, out=None, resume=True) == (tmp_path / "0002", True)
     assert run_folder(tmp_path, out=tmp_path / "0001", resume=True) == (tmp_path / "0001", True)
 

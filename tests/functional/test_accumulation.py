@@ -101,7 +101,7 @@ def test_the_gradient_of_the_full_batch_from_micro_batches(remat):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6, 1 + np.abs(b).max()), stats, want_stats)
 
 
-# Statistics of a group, running averages of everybody -----------------------------------------------------------------
+# Statistics of a group, running averages over all devices ------------------------------------------------------------
 
 MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("group", "member"))
 SPEC = P(("group", "member"))
@@ -160,7 +160,7 @@ def test_groups_normalise_and_everybody_is_averaged(way, case, api):
         expected(case, (a, np.ones_like(scale), np.zeros_like(bias), d, m))
         for a, d, m in zip(*(np.split(v, groups) for v in (x, dy, mask)), strict=True)
     ]
-    if all(p.statistics.count.any() for p in parts):  # a group of nobody normalises by nothing
+    if all(p.statistics.count.any() for p in parts):  # y of a group without valid rows is not defined by the oracle
         assert_close(y, np.concatenate([p.y for p in parts]), tolerance(case), what="y")
     mean, var = oracle.update_running((np.zeros(channels), np.ones(channels)), oracle.statistics(x, (-1,), mask), 0.9)
     assert_close(running["mean"], mean, tolerance(case), 1 + case.offset, "mean")
@@ -212,4 +212,4 @@ def test_a_forgotten_axis_name_is_noticed():
     local = jax.shard_map(
         lambda x, v: norm.apply(v, x, update_stats=False), mesh=MESH, in_specs=(SPEC, P()), out_specs=SPEC
     )
-    jax.jit(local)(jnp.ones((16, 3)), variables)  # nothing stored, nothing to warn of
+    jax.jit(local)(jnp.ones((16, 3)), variables)  # without an update there is nothing to warn of

@@ -23,7 +23,7 @@ from tests.support.bad_input_layers import APIS, linen, nnx_module, traced
 from tests.support.bad_inputs import BF16, F8, Case
 
 sweep = partial(settings, deadline=None, derandomize=True, database=None)
-# The two usual answers three times as often: what is drawn should often make sense, and not always.
+# Valid values are listed several times, so that many draws are valid and some are not.
 EPSILONS = [1e-5, 1e-3, 0.5] * 3 + [0.0, -1.0, math.nan, math.inf, 1e-60, "1e-5", None]
 MOMENTA = [0.9, 0.0, 1] * 4 + [1.5, -0.1, math.nan, "0.9"]
 DTYPES = [np.float32, np.float16, BF16, F8, np.float64, np.int8, np.uint8, np.int32, bool, np.complex64]
@@ -133,7 +133,7 @@ def test_batch_norm(api, case):
     check(case, APIS[api])
 
 
-# Variants in the setting in which they are batch normalization; and two that never are, for what is wrong with a case.
+# Variants with options under which they equal batch normalization, and two that never do, whose errors are tested.
 PLAIN = dict(
     GhostBatchNorm=dict(num_virtual_batches=1),
     BatchRenorm=dict(r_max=1.0, d_max=0.0),

@@ -57,7 +57,9 @@ def assert_right(result, said, case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(case, api):
     if case.error is None:
-        for how in EVERYWHERE if api == "functional" else ("eager", "shape"):  # compiling the modules too takes minutes
+        for how in (
+            EVERYWHERE if api == "functional" else ("eager", "shape")
+        ):  # without jit for modules, whose compilation would take minutes
             assert_right(*outcome(APIS[api], case, how), case)
         return
     results = [outcome(APIS[api], case, how) for how in EVERYWHERE]

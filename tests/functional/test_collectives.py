@@ -53,7 +53,7 @@ def _compile(program, mask, check_vma):
         ("forward", False, 1),
         ("gradient of x", True, 2),
         ("gradient of x", False, 2),
-        ("gradient of all", True, 2),  # the sum over devices of the gradients of scale and bias included
+        ("gradient of all", True, 2),  # also sums the gradients of scale and bias over devices
     ],
 )
 def test_one_all_reduce_each_way(program, check_vma, count, mask):

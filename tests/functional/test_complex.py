@@ -98,7 +98,7 @@ def test_the_modules_are_flaxs(param_dtype):
         y, own_stats, own_evaluated = train_and_evaluate(bnjax.linen.BatchNorm(**options))
         stats = jax.tree.map(
             lambda theirs, own: theirs.astype(own.dtype), stats, own_stats
-        )  # state keeps its precision
+        )  # averages keep their precision
         assert jnp.iscomplexobj(own_stats["mean"]) and not jnp.iscomplexobj(own_stats["var"])
         _close([y], [expected])
         _close([own_evaluated, *own_stats.values()], [evaluated, *stats.values()], 1e-6)

@@ -63,7 +63,7 @@ def _compositions():
     for where, depth in itertools.product(LAYERS, (1, 2, 3)):
         for names in itertools.product(TRANSFORMS, repeat=depth):
             key = zlib.crc32(" ".join((where, *names)).encode())
-            rare = depth == 3 and key % 48 != 0 or depth == 2 and where and key % 6 != 0
+            rare = (depth == 3 and key % 48 != 0) or (depth == 2 and where and key % 6 != 0)
             label = " of ".join([*reversed(names), where or "layer"])
             yield pytest.param(where, names, id=label, marks=[pytest.mark.slow] if rare else [])
 

@@ -15,9 +15,9 @@ import bnjax
 from tests.support import naive
 from tests.support.cases import CASES, assert_close, by_name, tolerance, unit
 
-# bfloat16 and float16 differ from float32 in the casts alone, and float64 is what tells right from wrong here.
+# Float64 shows errors far above rounding; bfloat16 and float16 differ from float32 only in casts (test_dtypes).
 EXACT = [c for c in CASES if c.dtype == "float32" and c.rows < 1000]
-TOLERANCE = 1e-9  # float64: 2⁻⁵³ times the rows, the squares of 100 in `offset`, and 1/√ε where nobody counts
+TOLERANCE = 1e-9  # float64: 2⁻⁵³ times the rows, 100² for `offset`, and 1/√ε for channels without rows
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_a_mask_is_the_rows_that_it_leaves(data):
 @given(batches(), st.floats(-1e3, 1e3).map(np.float32))
 def test_shifting_x_does_not_change_y(x, shift):
     shifted = x + shift
-    back = shifted - shift  # the x that was shifted, as far as float32 can tell
+    back = shifted - shift  # the shifted x, rounded to float32
     assert_close(normalised(shifted), normalised(back), 256 * U, conditioning(shifted) ** 2 * conditioning(back))
 
 

@@ -12,7 +12,9 @@ from tests.support.cases import assert_close, unit
 from tests.support.layers import LAYERS, Linen, Nnx
 
 STEPS, ROWS, C = 7, 16, 3
-TOL = 60 * unit("float32")  # a step is some five operations on numbers of one size, and the batch moments add as many
+TOL = 60 * unit(
+    "float32"
+)  # some five operations per step on numbers of similar size, and as many for the batch moments
 
 
 @pytest.fixture(params=LAYERS)

@@ -106,7 +106,7 @@ def test_adversarial_attack(page, network):
     params, stats = network
     _, new = page.adversarial_step(params, stats, batch(), labels())
 
-    def attacked(x):  # in the mode that trains: by the batch
+    def attacked(x):  # in training mode, with batch statistics
         return page.loss_fn(params, stats, x, labels(), use_running_average=False)[0]
 
     x = batch() + 0.1 * jnp.sign(jax.grad(attacked)(batch()))
@@ -145,7 +145,7 @@ def test_gan_discriminator(page, network):
     g = jax.grad(page.generator_loss)(generator, noise, params, new)
     assert np.abs(g).max() > 1e-4
     unseen = jax.grad(page.generator_loss)(generator, noise, params, stats)
-    check_close(g, unseen, TOL)  # and it normalises by its own batch, whatever they are
+    check_close(g, unseen, TOL)  # batch statistics, so the running averages do not matter
 
 
 def test_frozen_fine_tuning(page, network):

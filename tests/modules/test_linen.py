@@ -14,7 +14,7 @@ import bnjax
 from tests.support import oracle
 from tests.support.cases import CASES, assert_close, expected, tolerance, unit
 
-# Where Flax is right: no weights but 0 and 1 (it casts a mask to bool), no NaN in padding, somebody is there.
+# Cases that Flax gets right: weights 0 and 1 only (it casts a mask to bool), no NaN in padding, not all rows masked.
 ORDINARY = [c for c in CASES if c.mask in (None, "per_row", "per_position", "uneven", "empty_shard")]
 KEY = jax.random.key(0)
 
@@ -158,7 +158,7 @@ def test_three_controls_are_independent():
     variables = norm.init(KEY, x, use_running_average=False)
     y, updates = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
     assert np.all(updates["batch_stats"]["mean"] > 0.1)
-    same = norm.apply(variables, x, use_running_average=False, update_stats=False)  # nothing mutable, none needed
+    same = norm.apply(variables, x, use_running_average=False, update_stats=False)  # no mutable collection is needed
     assert_close(same, y, 0)
     _, kept = norm.apply(variables, x, use_running_average=False, update_stats=False, mutable=["batch_stats"])
     jax.tree.map(lambda a, b: assert_close(a, b, 0), kept["batch_stats"], variables["batch_stats"])

@@ -103,7 +103,7 @@ def test_init_of_nan_starts_clean():
     np.testing.assert_array_equal(stats["mean"], np.zeros(C))
 
 
-# Flax's own ways to use the layer
+# Uses of the layer that Flax's own tests have
 
 
 def test_rank_one_input():
@@ -205,7 +205,7 @@ def test_scan_over_steps_shares_and_carries_the_statistics(momentum):
         @nn.compact
         def __call__(self, x):
             layer = norm(momentum=momentum)
-            if self.is_initializing():  # what nn.scan carries must be there before
+            if self.is_initializing():  # variables that nn.scan carries must exist before
                 return layer(x[0])
             return scanned(layer, 0, x)[1]
 

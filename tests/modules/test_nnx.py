@@ -115,7 +115,7 @@ def test_train_eval_view_and_attributes():
     block.set_attributes(update_stats=False)
     block(x)
     assert (values(block.norms[0])["mean"] == 0).all()
-    block.norms[0](x, update_stats=True)  # the call goes before the attribute
+    block.norms[0](x, update_stats=True)  # an argument of the call overrides the attribute
     assert (values(block.norms[0])["mean"] != 0).all()
 
 
@@ -272,7 +272,7 @@ def test_training_with_an_optimizer():
     np.testing.assert_array_less(0, module.bias[...])
 
 
-# Merged inside jax.grad, the pattern that Flax refuses
+# Merged inside jax.grad, for which Flax raises an error
 
 
 def merged_grad(module, x):
@@ -295,7 +295,7 @@ def test_merge_inside_grad(transform):
     graphdef, state = nnx.split(module)
     (grads, stats), rest = transform(lambda state: merged_grad(nnx.merge(graphdef, state), x))(state)
     check_one_update(values(stats), x)
-    np.testing.assert_array_equal(rest["mean"][...], np.zeros(C))  # nothing of the trace leaked
+    np.testing.assert_array_equal(rest["mean"][...], np.zeros(C))  # no tracer leaked
     want = nnx.grad(lambda m: jnp.sum(m(x) ** 3))(module)
     for name in ("scale", "bias"):
         assert_close(grads[name][...], want[name][...], 30 * unit("float32"), 30)
@@ -334,7 +334,7 @@ def test_variables_that_are_references():
     check_one_update(values(module), x)
 
 
-# Defects of flax.nnx.BatchNorm, each shown to be there
+# Defects of flax.nnx.BatchNorm, each demonstrated
 
 
 def test_running_statistics_are_not_cast_down():

@@ -17,7 +17,7 @@ from tests.support.cases import assert_close, by_name, tolerance
 from tests.support.layers import LAYERS
 from tests.support.variants import MOMENTUM, VARIANTS
 
-# In float64: 2⁻⁵³ times the rows, and 1/ε where the variance of a virtual batch is as good as 0.
+# In float64: 2⁻⁵³ times the rows, and 1/ε where the variance of a virtual batch is nearly 0.
 EXACT = 1e-9
 
 rows = pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -53,7 +53,7 @@ def test_ghost_of_any_size(options, sizes):
             jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * h)))(x) for f in (ours, slices)
         )
         assert_close(y, want, 1e-9)
-        assert_close(dx, want_dx, 1e-9, 1 + np.max(np.abs(want_dx)))  # of a single row it is 0, and rounding times 1/√ε
+        assert_close(dx, want_dx, 1e-9, 1 + np.max(np.abs(want_dx)))  # of one row it is 0 up to rounding · 1/√ε
         moments = ghost_batch_norm(x, axis=0, mask=mask, **options)[1]
     for got, expected in zip(moments, oracle.statistics(x, (0,), mask), strict=True):
         assert_close(got, expected, 1e-12)
@@ -181,7 +181,7 @@ def test_renorm_has_the_all_reduces_of_batch_norm(mask):
         return jnp.sum(jnp.sin(y))
 
     for f, out_specs, count in ((loss, P(), 2), (jax.grad(loss, (0, 1, 2)), (P("data"), P(), P()), 2)):
-        if f is loss:  # the sum of the loss is an all-reduce too
+        if f is loss:  # the sum of the loss is the second all-reduce
             f = lambda *a: jax.lax.psum(loss(*a), "data")  # noqa: E731
         specs = (P("data"), P(), P(), None if mask is None else P("data"))
         mapped = jax.shard_map(f, mesh=MESH, in_specs=specs, out_specs=out_specs)

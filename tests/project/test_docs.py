@@ -100,7 +100,7 @@ def test_docstring(name):
         assert isinstance(method, property) or arguments(method) <= explained(method), member
 
 
-# Exact, so that neither a new name is forgotten nor an old one is excused for ever.
+# The sets below are exact: a new name must be added, and one that has the part now must be removed.
 def lacking(is_there):
     return {name.removeprefix("bnjax.") for name in NAMES if name != ALIAS and not is_there(name)}
 

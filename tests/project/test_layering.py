@@ -15,7 +15,7 @@ BELOW = {  # what each layer may import of the project
     "nnx": {"functional", "nnx"},
     "tools": {"functional", "linen", "nnx", "tools"},
 }
-# The four, and NumPy that they bring; plots and tables use what the extra `experiments` brings, where called for.
+# The four packages and their dependency NumPy. Plots and tables need the extra `experiments`, imported when called.
 LIBRARY = {"jax", "flax", "optax", "chex", "numpy"}
 OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors"}}
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.programs import ROOT
 
 MOST = 15  # files of a folder
-KEPT = {"results", "fixtures"}  # what programs wrote, by as many as there are
+KEPT = {"results", "fixtures"}  # folders of recorded results, of any size
 SHARED = {"errors", "jsonl"}
 BELOW = {  # what each folder of experiments/ may import of the others
     "data": set(),

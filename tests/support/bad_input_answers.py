@@ -36,7 +36,7 @@ def answer(case):
     batch = statistics(x, features, mask)
     y = _normalised(case, _readable(x, mask, batch.mean, features), batch.mean, batch.var, features)
     y = _nan_at(y, case.nan, features)
-    # what float32 cannot hold is not averaged, nor what is not finite
+    # moments that overflow float32 or are not finite leave the running averages unchanged
     var = np.where(batch.var <= np.finfo(np.float64 if case.x64 else np.float32).max, batch.var, np.nan)
     var[list(case.nan)] = np.nan
     mean, var = oracle.update_running((held["mean"], held["var"]), batch._replace(var=var), float(case.momentum))

@@ -28,12 +28,12 @@ class Case:
     dtype: Any = None  # of the output
     channels: tuple[int, ...] = (3,)  # the shape of the variables
     affine: bool = False
-    loaded: dict[str, Any] = dataclasses.field(default_factory=dict)  # mean, var, scale, bias in place of the usual
+    loaded: dict[str, Any] = dataclasses.field(default_factory=dict)  # replace default mean, var, scale, bias
     x64: bool = False
     error: type[Exception] | None = None
     message: str = ""  # of the error, a pattern
-    as_data: str = ""  # mask or var: an error in NumPy's hands, NaN in a jax.Array's, whose values a trace cannot see
-    nan: tuple[int, ...] = ()  # channels where NaN is the answer, besides those where float64 gives it
+    as_data: str = ""  # "mask" or "var": an error as NumPy array; NaN as jax.Array, whose values a trace cannot see
+    nan: tuple[int, ...] = ()  # channels where NaN is right, besides those where the float64 answer is NaN
     warns: bool = False  # of one row
 
     def __str__(self):
@@ -227,7 +227,7 @@ CASES = [
     Case("NaN in the scale", normal(), affine=True, loaded={"scale": np.array([1, np.nan, 1], np.float32)}),
     Case("scale zero", normal(), affine=True, loaded={"scale": np.zeros(3, np.float32)}),
     Case("float16 scale and bias", normal(), affine=True, loaded={"scale": ONES.astype(np.float16)}),
-    # running variances that are none
+    # running variances that are not valid, or are extreme
     Case("running variance -1", normal(), loaded={"var": np.array([1, -1, 1], np.float32)}, nan=(1,), **VARIANCE),
     Case("running variance -5e-6", normal(), loaded={"var": np.array([1, -5e-6, 1], np.float32)}, nan=(1,), **VARIANCE),
     Case("running variance NaN", normal(), loaded={"var": np.array([1, np.nan, 1], np.float32)}, nan=(1,), **VARIANCE),

@@ -82,7 +82,7 @@ def _mapped(transform, *args, train=train):
     mapped = lambda b: _summed_step(b["x"], scale, bias, b["dy"], b["mask"], running, train=train)  # noqa: E731
     out = transform(mapped, axis_name="data")(batch)
     whole = {k: out[k].reshape(x.shape) for k in ("y", "dx")}
-    return jax.tree.map(lambda a: a[-1], out) | whole  # what is shared must be right on the last device too
+    return jax.tree.map(lambda a: a[-1], out) | whole  # shared results must be right on the last device too
 
 
 MODES = dict(

@@ -17,7 +17,7 @@ def run_two(program, folder, *arguments):
     wrote as .npz.
     """
     port = free_port()
-    # One process's devices are its own affair, not the eight of this one.
+    # Each process sets its own number of devices, not the eight of this one.
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     command = [sys.executable, "-m", program, str(port)]
     workers = [

@@ -47,7 +47,7 @@ def main(port, process, out):
     for layerwise in (False, True):
         result = tools.recalibrate(apply_fn, variables, sharded, layerwise=layerwise, progress=False)
         results |= flat(f"layerwise={layerwise}", result["batch_stats"])
-        # what comes out can be used at once, in this process alone and by all of them
+        # the result can be used at once, in this process alone and in all of them
         results[f"output/layerwise={layerwise}"] = np.asarray(
             multihost_utils.process_allgather(jax.jit(apply_fn)(result, sharded[0])[0], tiled=True)
         )

@@ -40,8 +40,8 @@ class Variant:
     evaluation_formula: Callable[..., Any] = normalised  # (x, scale, bias, running, features) -> y
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # of both modules
     call: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of both modules at the call
-    lead: tuple[int, ...] = ()  # axes of the running averages before those of the features, as one per domain
-    affine_lead: tuple[int, ...] = ()  # the same for scale and bias
+    lead: tuple[int, ...] = ()  # axes of the running averages before the feature axes, such as one for domains
+    affine_lead: tuple[int, ...] = ()  # axes of scale and bias before the feature axes
     steps: bool = False  # whether the running averages count steps
 
     def __str__(self):
@@ -142,7 +142,7 @@ def _frozen(x, scale, bias, running, features, mask):
 
 
 # PowerNorm, MovingAverageBatchNorm ------------------------------------------------------------------------------------
-# Without their statistics of the gradient, for which see test_gradient_state.py: then they are functions like others.
+# Here without their gradient statistics, which test_gradient_state.py tests.
 
 
 def _about_zero(x, features, mask):
@@ -176,7 +176,7 @@ def _train_power(x, scale, bias, running, **options):
 
 def _moving_average(x, scale, bias, running, features, mask):
     y = _by_square(_about_zero(x, features, mask)[0], x, scale, bias, features, mask)
-    new = (1 - MOMENTUM) / (1 - MOMENTUM ** (running.steps + 1))  # the start has no part in the average
+    new = (1 - MOMENTUM) / (1 - MOMENTUM ** (running.steps + 1))  # the initial value has no weight in the average
     return y, *_averaged_about_zero(running, x, features, mask, new)
 
 

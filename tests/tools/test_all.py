@@ -44,7 +44,7 @@ def to_haiku(variables):
     return tools.to_haiku(variables, *trees)
 
 
-# Each tool that takes a tree, as a function of linen variables alone; what it makes of them is compared.
+# Each tool that takes a tree, as a function of linen variables whose results are compared.
 LINEN = {
     "adapt_statistics": lambda v: tools.adapt_statistics(v, moments(), prior=1, samples=1),
     "affine_labels": of_statistics(tools.affine_labels),
@@ -70,7 +70,7 @@ LINEN = {
     "to_torch": tools.to_torch,
     "unfreeze_stats": lambda v: tools.unfreeze_stats(v, other()),
 }
-# The same for an nnx module; those that only take collections take its states.
+# Each tool as a function of an nnx module; tools that take collections get its states.
 NNX = {
     "adapt_statistics": lambda m: tools.adapt_statistics(m, nnx_moments(), prior=1, samples=1),
     "affine_labels": lambda m: tools.affine_labels(nnx.state(m, nnx.Param), nnx.state(m, nnx.BatchStat)),
@@ -92,7 +92,7 @@ NNX = {
     "unfreeze_stats": lambda m: tools.unfreeze_stats(m, other_nnx()),
 }
 NO_TREE = {"entropy", "fields_from_haiku", "fields_from_keras", "fields_from_torch", "read_arrays", "frozen_norms"}
-LINEN_ONLY = {"apply_moments", "from_haiku", "to_haiku"}  # of the linen collection; a module has tests of its own
+LINEN_ONLY = {"apply_moments", "from_haiku", "to_haiku"}  # tools that take linen collections only
 FUNCTIONS = sorted(name for name, value in vars(tools).items() if inspect.isfunction(value))
 
 

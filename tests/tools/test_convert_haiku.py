@@ -30,7 +30,7 @@ def live():
         return script()["reference"]()
 
 
-# what was recorded, and, where Haiku is installed, Haiku
+# the recorded arrays and, if Haiku is installed, those computed now
 REFERENCES = {"recorded": lambda: tools.read_arrays(FIXTURES / "haiku_network.npz")}
 if importlib.util.find_spec("haiku"):
     REFERENCES["live"] = live
@@ -159,7 +159,7 @@ def test_without_steps(reference, variables):
     _, state = back(plain, reference, decay_rate=None)
     held = state["net/bn2/~/var_ema"]
     np.testing.assert_array_equal(held["hidden"], held["average"])
-    # what Haiku does with it: hidden·d + new·(1 − d), divided by 1 − dⁿ, which is 1 for every d below 1
+    # Haiku computes (hidden·d + new·(1 − d)) / (1 − dⁿ), whose denominator is 1 here for every d below 1
     for decay in (0.0, 0.5, 0.999, np.nextafter(np.float32(1), np.float32(0))):
         assert 1 - jnp.power(jnp.float32(decay), held["counter"] + 1) == 1
     assert np.iinfo(np.int32).max - held["counter"] > 10**9
@@ -189,7 +189,7 @@ def test_the_recorded_reference_is_that_of_the_script():
     wanted = REFERENCES.get("live", REFERENCES["recorded"])()
     assert recorded.keys() == wanted.keys()
     for name, value in wanted.items():
-        if name.startswith("grad"):  # of biases before a normalization: rounding alone
+        if name.startswith("grad"):  # gradients of biases before a normalization are only rounding
             np.testing.assert_allclose(recorded[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
         else:
             close(recorded[name], value, name)

@@ -26,7 +26,7 @@ def live():
         return runpy.run_path(str(FIXTURES / "make_keras_network.py"))["reference"]()
 
 
-# what was recorded, and, where Keras is installed, Keras
+# the recorded arrays and, if Keras is installed, those computed now
 REFERENCES = {"recorded": lambda: tools.read_arrays(FIXTURES / "keras_network.npz")}
 if importlib.util.find_spec("keras"):
     REFERENCES["live"] = live

@@ -24,7 +24,7 @@ def live():
     return runpy.run_path(str(FIXTURES / "make_torch_network.py"))["reference"]()
 
 
-# what was recorded, and, where PyTorch is installed, PyTorch
+# the recorded arrays and, if PyTorch is installed, those computed now
 REFERENCES = {"recorded": lambda: tools.read_arrays(FIXTURES / "torch_network.npz")}
 if importlib.util.find_spec("torch"):
     REFERENCES["live"] = live

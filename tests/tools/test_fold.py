@@ -352,7 +352,7 @@ def test_half_precision_keeps_the_dtypes():
     folded = tools.fold(model.apply, variables, x)
     y = folded.apply_fn(folded.stripped, x)
     assert y.dtype == model.apply(variables, x).dtype == jnp.float32
-    # the scaled kernel, the product and the bias are rounded to bfloat16 at another place
+    # folding rounds the scaled kernel, the product and the bias to bfloat16, at other places than the model
     assert folded.difference < 4 * float(jnp.finfo(jnp.bfloat16).eps)
 
 

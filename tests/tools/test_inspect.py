@@ -69,7 +69,7 @@ def test_columns():
         assert row[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
 
 
-FLAGS = {  # a fault, and what is said about it
+FLAGS = {  # a fault, and the text of its flag
     "constant": ((healthy(var=[1, 0, 1, 1]), None), "1 of 4 channels are constant"),
     "dead": ((healthy(scale=[1, 0, 1e-9, 1]), None), "2 of 4 channels have a scale next to zero"),
     "all_dead": ((healthy(scale=[0, 0, 0, 0]), None), "the scale is zero in every channel"),

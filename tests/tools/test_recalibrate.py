@@ -157,7 +157,7 @@ def test_sharded(data):
     mapped = jax.shard_map(linen_fn(named, train=True), mesh=mesh, **specs)
     close(tools.recalibrate(mapped, variables, sharded, progress=False), wanted)
 
-    # each device normalises alone, but the statistics are those of everybody
+    # each device normalises its own rows, but the running averages are those of all devices
     alone = zoo.ConvNet(norm=functools.partial(bnjax.linen.BatchNorm, stats_axis_name="data"))
     mapped = jax.shard_map(linen_fn(alone, train=True), mesh=mesh, **specs)
     first = tools.recalibrate(mapped, variables, sharded, progress=False)["batch_stats"]["BatchNorm_0"]

@@ -20,7 +20,7 @@ from flax import nnx
 
 import bnjax
 
-Forward = Callable[..., tuple[jax.Array, Any]]  # (params, state, x), and mask= where the layer takes one
+Forward = Callable[..., tuple[jax.Array, Any]]  # (params, state, x), and mask= if the layer takes one
 MODES = ("forward", "forward + backward", "forward + backward, masked", "evaluation")
 
 
@@ -183,9 +183,7 @@ def floor_run(mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[
         if mode == "forward":
             return y, jnp.zeros(())
         pull = jnp.sum(dy * x, rows, dtype=jnp.float32).astype(x.dtype)
-        return y, dy * v + x * (
-            pull * jnp.asarray(1e-9, x.dtype)
-        )  # the tiny factors make each depend on the one before
+        return y, dy * v + x * (pull * jnp.asarray(1e-9, x.dtype))  # the factors order the passes
 
     return compiled_run(step, (jnp.ones(x.shape[-1], dtype),), x, dy, dtype)
 

@@ -28,7 +28,7 @@ def _lines():
                 milliseconds = 50e-3 + 3e-6 * grows if curve == "all-reduce" else 2e-6 * grows
                 row = dict(sweep=sweep, grows=grows, curve=curve, bytes=4 * size, milliseconds=milliseconds)
                 rows.append(row)
-    rows[0]["milliseconds"] = 1e3  # a small array, which no exponent counts
+    rows[0]["milliseconds"] = 1e3  # a small array, which the exponents must ignore
     return [ABOUT, *rows]
 
 
@@ -84,7 +84,7 @@ def test_a_process_that_fails_is_an_error():
 
 
 def test_one_device_beside_flax():
-    with jax.numpy_rank_promotion("allow"):  # which the floor makes use of
+    with jax.numpy_rank_promotion("allow"):  # the floor broadcasts over ranks
         rows = list(scaling._compare("64 channels", 32, 8, 32, seconds=0.0))
     assert [row["curve"] for row in rows] == ["floor", "bnjax", "flax.linen"]
     assert all(row["grows"] == 32 and row["bytes"] == 1024 and row["milliseconds"] > 0 for row in rows)

@@ -50,7 +50,7 @@ def test_a_step_is_the_same_step(name, after):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * max(1, np.max(np.abs(b))))
 
 
-if find_spec("torch"):  # an extra of its own, which the benchmark too can do without
+if find_spec("torch"):  # optional, also for the benchmark
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", training_steps.TORCH)

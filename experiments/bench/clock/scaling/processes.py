@@ -50,7 +50,8 @@ def program(curve: str, mesh: Mesh) -> Any:
     """
     over = dict(mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     if curve == "all-reduce":
-        return jax.jit(jax.shard_map(all_reduces, **over, check_vma=False))  # the result would count as replicated
+        # check_vma would type the means as replicated, unlike the varying array that the loop starts with.
+        return jax.jit(jax.shard_map(all_reduces, **over, check_vma=False))
     step = jax.shard_map(layer(curve == "pooled"), **over)
     return jax.jit(lambda x, dy, *_: step(x, dy), donate_argnums=(2, 3), keep_unused=True)
 
