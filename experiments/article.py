@@ -75,7 +75,7 @@ def _features(x: jax.Array, widths: Sequence[int], norm: Norm) -> jax.Array:
     for i, width in enumerate(widths, start=1):
         x = nn.Conv(width, (3, 3), padding="VALID", name=f"conv{i}")(x)
         x = max_pool(nn.relu(norm(name=f"bn{i}")(x)))
-    return x.reshape(len(x), -1)
+    return x.reshape(x.shape[0], -1)
 
 
 def keras_port(widths: Sequence[int] = (32, 64), units: int = 128) -> Port:

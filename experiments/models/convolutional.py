@@ -31,7 +31,7 @@ class ConvNet(nn.Module):
             x = nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype)(x)
             x = self.norm(use_running_average=not train)(x)
             x = max_pool(nn.relu(x))
-        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
+        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
 class StridedNet(nn.Module):
@@ -52,7 +52,7 @@ class StridedNet(nn.Module):
         for width in self.widths:
             x = nn.Conv(width, (3, 3), strides=2, use_bias=False)(x)
             x = nn.relu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(self.classes)(x.reshape(len(x), -1))
+        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
 
 
 class Unnormalised(nn.Module):

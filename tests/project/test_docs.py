@@ -111,12 +111,21 @@ def test_every_name_has_its_equation_but_for_those_that_compute_nothing():
         "nnx.OverwriteWithGradient",
         "tools.affine_labels",
         "tools.Inspection",
+        "tools.Loaded",
         "tools.Pair",
     }
 
 
 def test_every_name_says_what_errors_it_raises_but_for_those_that_raise_none():
-    values = {"Moments", "RunningStats", "RecentStats", "tools.Folded", "tools.Inspection", "tools.Pair"}
+    values = {
+        "Moments",
+        "RunningStats",
+        "RecentStats",
+        "tools.Folded",
+        "tools.Inspection",
+        "tools.Loaded",
+        "tools.Pair",
+    }
     anything_goes = {"renorm_r_max", "renorm_d_max", "tools.entropy"}
     assert lacking(lambda name: "Raises" in sections(NAMES[name])) == (
         values | anything_goes | {"OneRowWarning", "nnx.OverwriteWithGradient"}

@@ -15,9 +15,9 @@ BELOW = {  # what each layer may import of the project
     "nnx": {"functional", "nnx"},
     "tools": {"functional", "linen", "nnx", "tools"},
 }
-# The four packages and their dependency NumPy. Plots and tables need the extra `experiments`, imported when called.
-LIBRARY = {"jax", "flax", "optax", "chex", "numpy"}
-OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors"}}
+# The four packages and their dependencies NumPy and ml_dtypes. Packages of extras are imported inside functions.
+LIBRARY = {"jax", "flax", "optax", "chex", "numpy", "ml_dtypes"}
+OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors", "h5py"}}
 
 
 def _imports(tree):

@@ -46,7 +46,7 @@ class Network(nn.Module):
         x = nn.relu(norm("bn2", epsilon=1e-2)(x))
         x = nn.Conv(6, (1, 1), feature_group_count=2, name="grouped")(x)
         x = nn.ConvTranspose(2, (2, 2), (2, 2), padding="VALID", name="up")(x)
-        return norm("bn3")(nn.Dense(5, name="fc")(x.reshape(len(x), -1)))
+        return norm("bn3")(nn.Dense(5, name="fc")(x.reshape(x.shape[0], -1)))
 
 
 MODULES = ("conv", "bn", "depth", "bn2", "grouped", "up", "fc", "bn3")
@@ -135,8 +135,12 @@ def test_errors():
         tools.from_keras({**state, "dense/kernel": np.ones((2, 2))}, variables)
     with pytest.raises(ValueError, match=r"lacks \['bn/moving_mean'\]"):
         tools.from_keras({"bn/moving_variance": np.ones(2)}, variables)
-    with pytest.raises(ValueError, match="bn/steps has no counterpart in Keras"):
-        tools.to_keras({"batch_stats": {"bn": {**variables["batch_stats"]["bn"], "steps": jnp.zeros(2)}}})
+    counted = {"batch_stats": {"bn": {**variables["batch_stats"]["bn"], "steps": jnp.full(2, 3.0)}}}
+    assert tools.to_keras(counted).keys() == state.keys()
+    with pytest.raises(ValueError, match=r"\['bn'\] count batches, and the state has no count: say steps="):
+        tools.from_keras(state, counted)
+    loaded = tools.from_keras(state, counted, steps=1000)
+    np.testing.assert_array_equal(loaded["batch_stats"]["bn"]["steps"], 1000)
     with pytest.raises(ValueError, match="holds no batch normalization"):
         tools.from_keras(state, {})
     with pytest.raises(ValueError, match="weight of the OLD value"):

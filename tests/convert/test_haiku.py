@@ -53,7 +53,7 @@ class Network(nn.Module):
         x = nn.relu(norm("bn2", use_bias=False, eps=1e-2)(x))
         x = nn.Conv(6, (1, 1), feature_group_count=2, name="grouped")(x)
         x = nn.ConvTranspose(2, (2, 2), (2, 2), padding="VALID", name="up")(x)
-        return norm("bn3", use_scale=False)(nn.Dense(5, name="fc")(x.reshape(len(x), -1)))
+        return norm("bn3", use_scale=False)(nn.Dense(5, name="fc")(x.reshape(x.shape[0], -1)))
 
 
 MODULES = ("conv", "depth", "bn2", "grouped", "up", "fc", "bn3")

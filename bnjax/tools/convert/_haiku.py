@@ -1,17 +1,20 @@
 """Haiku parameters and state to variables and back: names, layouts, and the counter of its moving averages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.tools import _trees
-from bnjax.tools._convert import Array, Dialect, Leaf, filled, leaves_of
+from bnjax.tools.convert._correspondence import Array, Dialect, Leaf, check_distinct, leaves_of, tree_of
+from bnjax.tools.convert._fill import filled, reshaped
+from bnjax.tools.convert._kernels import Kernels, kernels_of
+from bnjax.tools.convert._layers import layers_of
+from bnjax.tools.convert._propose import advice, propose
 
 Nested = Mapping[str, Mapping[str, Any]]
 
-_HAIKU = Dialect(
+HAIKU = Dialect(
     library="Haiku",
     separator="/",
     norm={
@@ -35,7 +38,9 @@ def from_haiku(
     variables: Any,
     *,
     names: Mapping[str, str] | None = None,
-    transposed: Sequence[str] = (),
+    transposed: Sequence[str] | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    x: Any = None,
 ) -> Any:
     r"""Variables with the values of a Haiku network.
 
@@ -56,14 +61,19 @@ def from_haiku(
       variables: what to fill: linen variables, an nnx state or an nnx module, of the same network.
       names: which module of `variables` has which name in Haiku: `{"BatchNorm_0": "net/~/batch_norm"}`. By default the
         path.
-      transposed: paths of transposed convolutions, whose kernels have their channels the other way round.
+      transposed: paths of all transposed convolutions (`()` for none), where the modules are not known: their kernels
+        have their channels the other way round. How they are known else stands in :func:`from_torch`; one with
+        `transpose_kernel=True` is only known by its module, or by the name that linen gives it (`ConvTranspose_0`).
+      apply_fn: as in :func:`from_torch`.
+      x: as in :func:`from_torch`.
 
     Returns:
       `variables` with all its leaves from `params` and `state`, in their own dtypes.
 
     Raises:
       ValueError: names or shapes that do not correspond, in either direction: nothing is left out in silence;
-        a running variance that is negative or not finite.
+        two modules of one name; a kernel that may or may not be transposed; a running variance that is negative or not
+        finite.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np
@@ -74,10 +84,18 @@ def from_haiku(
       >>> tools.from_haiku({}, state, variables, names={"bn": "net/batch_norm"})["batch_stats"]["bn"]["mean"]
       Array([3., 3.], dtype=float32)
     """
-    tree = _trees.flatten_with_layers(variables)
-    leaves = leaves_of(tree, _HAIKU, names or {})
+    tree = tree_of(variables)
+    leaves = check_distinct(leaves_of(variables, tree, HAIKU, names))
+    layers = layers_of(variables, apply_fn, x)
+    kernels = kernels_of(leaves, layers, transposed)
     values = _flat(params) | _averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"}) | _variances(state)
-    return filled(tree, leaves, values, lambda value, leaf: _to_flax(value, leaf, transposed))
+    return filled(
+        tree,
+        leaves,
+        values,
+        lambda value, leaf: _to_flax(np.asarray(value), leaf, kernels),
+        advice=lambda: advice(propose(values, leaves, HAIKU, layers), HAIKU),
+    )
 
 
 def to_haiku(
@@ -87,7 +105,9 @@ def to_haiku(
     *,
     decay_rate: float | None = None,
     names: Mapping[str, str] | None = None,
-    transposed: Sequence[str] = (),
+    transposed: Sequence[str] | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    x: Any = None,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, dict[str, Array]]]:
     r"""The values of variables in the trees of a Haiku network: the inverse of :func:`from_haiku`.
 
@@ -104,12 +124,15 @@ def to_haiku(
       decay_rate: d, that of the network, in [0, 1); needed where steps are counted.
       names: as in :func:`from_haiku`.
       transposed: as in :func:`from_haiku`.
+      apply_fn: as in :func:`from_torch`.
+      x: as in :func:`from_torch`.
 
     Returns:
       `(params, state)` with NumPy arrays in the shapes and dtypes of those given; `network.apply` takes them.
 
     Raises:
-      ValueError: no statistics in the tree, names or shapes that do not correspond, or steps without a decay_rate.
+      ValueError: nothing in the tree, names or shapes that do not correspond, a kernel that may or may not be
+        transposed, or steps without a decay_rate.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np
@@ -121,18 +144,17 @@ def to_haiku(
       >>> state["bn/~/mean_ema"]
       {'average': array([[1.]]), 'hidden': array([[0.25]]), 'counter': array(1)}
     """
-    tree = _trees.flatten_with_layers(variables)
-    leaves = leaves_of(tree, _HAIKU, names or {})
+    tree = tree_of(variables)
+    leaves = check_distinct(leaves_of(variables, tree, HAIKU, names))
+    layers = layers_of(variables, apply_fn, x)
+    kernels = kernels_of(leaves, layers, transposed)
     like = _flat(params) | _averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"})
     if like.keys() != (ours := {leaf.key for leaf in leaves}):
         raise ValueError(
             f"the Haiku network and the variables do not correspond: it lacks {sorted(ours - like.keys())} and has "
-            f"{sorted(like.keys() - ours)} besides. Say in names={{...}} what the modules are called in it."
+            f"{sorted(like.keys() - ours)} besides. {advice(propose(like, leaves, HAIKU, layers), HAIKU)}"
         )
-    values = {
-        leaf.key: _to_haiku(np.asarray(value), leaf, like[leaf.key], transposed)
-        for leaf, value in zip(leaves, tree.leaves, strict=True)
-    }
+    values = {leaf.key: _to_haiku(np.asarray(tree.leaves[leaf.at]), leaf, like[leaf.key], kernels) for leaf in leaves}
     filled_params = {module: {k: values[f"{module}/{k}"] for k in held} for module, held in params.items()}
     return filled_params, {module: _ema(module, held, values, decay_rate) for module, held in state.items()}
 
@@ -189,26 +211,34 @@ def _variances(state: Nested) -> dict[str, Array]:
     return values
 
 
-def _to_flax(value: Array, leaf: Leaf, transposed: Sequence[str]) -> Array:
+def _to_flax(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
     if leaf.role == "steps":
         return np.broadcast_to(value, leaf.shape)
-    if leaf.role == "kernel":
-        return value.swapaxes(-1, -2) if leaf.module in transposed else value
-    return _reshaped(value, leaf.shape)
+    if leaf.role != "kernel" or value.ndim < 3:
+        return value
+    return kernels.chosen(leaf, _plain(value, leaf, kernels), _turned(value, leaf, kernels), leaf.shape)
 
 
-def _reshaped(value: Array, shape: tuple[int, ...]) -> Array:
-    """The array in a shape that differs by axes of size one; as it is where it differs by more."""
-    without = [tuple(n for n in s if n != 1) for s in (value.shape, shape)]
-    return value.reshape(shape) if without[0] == without[1] else value
+def _plain(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
+    """A kernel whose axes are in the same order in both: a transposed one is then of `transpose_kernel`."""
+    return _flipped(value) if kernels.is_named_transposed(leaf.module) else value
 
 
-def _to_haiku(value: Array, leaf: Leaf, like: Any, transposed: Sequence[str]) -> Array:
+def _turned(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
+    """A kernel, read as that of a transposed convolution: Haiku stores [..., out, in] and does not mirror it."""
+    return _flipped(value) if kernels.stores_transposed(leaf.module) else value.swapaxes(-1, -2)
+
+
+def _flipped(value: Array) -> Array:
+    return np.flip(value, tuple(range(value.ndim - 2)))
+
+
+def _to_haiku(value: Array, leaf: Leaf, like: Any, kernels: Kernels) -> Array:
     if leaf.role == "steps":
         return np.asarray(value.max(initial=0), like.dtype)
-    if leaf.role == "kernel" and leaf.module in transposed:
-        value = value.swapaxes(-1, -2)
-    value = _reshaped(value, like.shape)
+    if leaf.role == "kernel" and value.ndim > 2:
+        value = kernels.chosen(leaf, _plain(value, leaf, kernels), _turned(value, leaf, kernels), tuple(like.shape))
+    value = reshaped(value, like.shape)
     if value.shape != like.shape:
         raise ValueError(f"{leaf.module}/{leaf.role} has shape {leaf.shape}; {leaf.key} has {like.shape} in Haiku.")
     return value.astype(like.dtype)
