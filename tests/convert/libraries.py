@@ -1,4 +1,4 @@
-"""Converters by library, for tests that hold for each, and a network to convert."""
+"""Lists the converters by library, for tests that hold for each, and builds a network to convert."""
 
 import pytest
 
@@ -11,6 +11,6 @@ each_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
 def network():
-    """Variables with values, and other variables of the same network."""
+    """Returns variables of a network, and other variables of the same network to be filled."""
     _, variables = zoo.linen_net()
     return variables, zoo.trained(variables, 5)

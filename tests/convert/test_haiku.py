@@ -1,4 +1,4 @@
-"""Converters against Haiku itself: outputs, gradients and updated statistics of one network over two steps."""
+"""Tests the converters against Haiku: outputs, gradients and updated statistics of one network over two steps."""
 
 import importlib.util
 import runpy
@@ -20,17 +20,17 @@ DECAY = 0.8
 
 
 def script():
-    """The program that made the fixture."""
+    """Runs the program that made the fixture, and returns its names."""
     return runpy.run_path(str(FIXTURES / "make_haiku_network.py"))
 
 
 def live():
-    """The reference computed now; its steps are the recorded ones."""
+    """Computes the reference now, with the steps that were recorded."""
     with jax.numpy_rank_promotion("allow"):
         return script()["reference"]()
 
 
-# what was recorded, and, where Haiku is installed, Haiku
+# the recorded arrays and, if Haiku is installed, those computed now
 REFERENCES = {"recorded": lambda: tools.read_arrays(FIXTURES / "haiku_network.npz")}
 if importlib.util.find_spec("haiku"):
     REFERENCES["live"] = live
@@ -61,7 +61,7 @@ OPTIONS = dict(names={name: f"net/{name}" for name in MODULES} | {"bn": "net/~/b
 
 
 def nested(arrays, kind):
-    """Haiku's tree of two levels, of the arrays that are called kind.module/name."""
+    """Returns Haiku's tree of two levels, of the arrays called kind.module/name."""
     tree = {}
     for key, value in arrays.items():
         if key.startswith(kind + "."):
@@ -92,12 +92,12 @@ def back(variables, reference, **options):
 
 
 def step(variables, x, debias=True):
-    """The variables after one more batch with the same weights."""
+    """Returns the variables after one more batch with the same weights."""
     return {**variables, **Network(debias).apply(variables, x, train=True, mutable=["batch_stats"])[1]}
 
 
 def close(actual, wanted, what=""):
-    """To 1e-5 of the largest value."""
+    """Asserts equality to 1e-5 of the largest value."""
     wanted = np.asarray(wanted)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * (np.abs(wanted).max() + 1e-3), err_msg=what)
 
@@ -112,7 +112,7 @@ def test_evaluation(reference, variables):
 
 
 def test_a_training_step(reference, variables):
-    """The output, every gradient, and the whole state after the step: averages, hidden and counters."""
+    """Checks output, gradients, and the whole state after the step: averages, hidden and counters."""
 
     def loss(params):
         both = {**variables, "params": params}
@@ -131,7 +131,7 @@ def test_a_training_step(reference, variables):
 
 
 def test_training_goes_on_as_in_haiku(reference, variables):
-    """A second step: debiased averages remember how many batches they hold."""
+    """Checks a second step, which depends on how many batches the debiased averages hold."""
     for x in (reference["x"], reference["next"]):
         variables = step(variables, x)
     all_close(back(variables, reference)[1], reference["again"])
@@ -152,14 +152,14 @@ def test_there_and_back(reference, variables):
 
 
 def test_without_steps(reference, variables):
-    """The averages alone; back in Haiku they are long settled, and move by the decay rate alone as they do here."""
+    """Checks averages without steps: in Haiku their counter is so large that debiasing has no effect."""
     plain = tools.from_haiku(reference["before.params"], reference["before.state"], blank(debias=False), **OPTIONS)
     assert set(plain["batch_stats"]["bn"]) == {"mean", "var"}
     zoo.assert_trees_equal(plain["batch_stats"]["bn"]["mean"], variables["batch_stats"]["bn"]["mean"])
     _, state = back(plain, reference, decay_rate=None)
     held = state["net/bn2/~/var_ema"]
     np.testing.assert_array_equal(held["hidden"], held["average"])
-    # what Haiku does with it: hidden·d + new·(1 − d), divided by 1 − dⁿ, which is 1 for every d below 1
+    # Haiku computes (hidden·d + new·(1 − d)) / (1 − dⁿ), whose denominator is 1 here for every d below 1
     for decay in (0.0, 0.5, 0.999, np.nextafter(np.float32(1), np.float32(0))):
         assert 1 - jnp.power(jnp.float32(decay), held["counter"] + 1) == 1
     assert np.iinfo(np.int32).max - held["counter"] > 10**9
@@ -169,7 +169,7 @@ if "live" in REFERENCES:
 
     @pytest.mark.parametrize("debias", [False, True])
     def test_haiku_goes_on_as_training_here(debias):
-        """The other direction: one step in Haiku from converted trees is one step here."""
+        """Checks the other direction: a step in Haiku from converted trees equals a step in bnjax."""
         net, x = script()["network"](), jax.random.normal(jax.random.key(1), (7, 6, 4, 3))
         with jax.numpy_rank_promotion("allow"):
             like = net.init(jax.random.key(0), x, is_training=True)
@@ -189,14 +189,14 @@ def test_the_recorded_reference_is_that_of_the_script():
     wanted = REFERENCES.get("live", REFERENCES["recorded"])()
     assert recorded.keys() == wanted.keys()
     for name, value in wanted.items():
-        if name.startswith("grad"):  # of biases before a normalization: rounding alone
+        if name.startswith("grad"):  # gradients of biases before a normalization are only rounding
             np.testing.assert_allclose(recorded[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
         else:
             close(recorded[name], value, name)
 
 
 def test_between_libraries():
-    """PyTorch → here → Haiku → here → Keras, layer normalization too."""
+    """Checks the round trip PyTorch → bnjax → Haiku → bnjax → Keras, with layer normalization."""
     _, variables = zoo.linen_net()
     torch = tools.to_torch(variables)
     here = tools.from_torch(torch, zoo.trained(variables, 3))
@@ -208,7 +208,7 @@ def test_between_libraries():
 
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 def test_nnx(norm):
-    """A module and its state; the names are paths."""
+    """Checks an nnx module and its state, whose names are paths."""
     model = zoo.nnx_net(norm)
     pure = nnx.to_pure_dict(nnx.state(model))
     held = {f"{kind}/{i}": v for kind in ("convs", "norms") for i, v in pure[kind].items()}
@@ -232,7 +232,7 @@ def test_a_checkpoint(tmp_path):
 
 
 def one_norm(steps=None, average=(1, 2)):
-    """A layer and Haiku's trees of it."""
+    """Returns the variables of a single layer, and Haiku's trees of it."""
     stats = {"mean": jnp.zeros(2), "var": jnp.ones(2)} | ({} if steps is None else {"steps": jnp.asarray(steps)})
     ema = {"average": np.zeros(average, "f4"), "hidden": np.zeros(average, "f4"), "counter": np.zeros((), "i4")}
     state = {f"bn/~/{kind}_ema": ema for kind in ("mean", "var")}
@@ -244,7 +244,7 @@ def one_norm(steps=None, average=(1, 2)):
 
 
 def test_channels_that_skipped_a_batch():
-    """One counter for all channels: each average is kept by it."""
+    """Checks that Haiku's one counter for all channels preserves each channel's average."""
     variables, params, state = one_norm(steps=[3.0, 2.0])
     variables["batch_stats"]["bn"]["mean"] = jnp.array([1.0, 5.0])
     ema = tools.to_haiku(variables, params, state, decay_rate=0.5)[1]["bn/~/mean_ema"]
@@ -253,7 +253,7 @@ def test_channels_that_skipped_a_batch():
 
 
 def test_variances_below_zero():
-    """Haiku's own rounding, in a channel of the fixture that is constant, is 0; what is broken is refused."""
+    """Checks that a variance that Haiku's rounding made negative becomes 0, and a broken one is an error."""
     arrays = REFERENCES["recorded"]()
     trees = [nested(arrays, f"before.{kind}") for kind in ("params", "state")]
     assert trees[1]["net/bn2/~/var_ema"]["average"].min() < 0

@@ -1,4 +1,4 @@
-"""Converters against Keras itself: outputs, gradients and updated statistics of one network and one step."""
+"""Tests the converters against Keras: outputs, gradients and updated statistics of one network and one step."""
 
 import importlib.util
 import os
@@ -20,13 +20,13 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def live():
-    """The reference computed now; its step is the recorded one."""
+    """Computes the reference now, with the step that was recorded."""
     os.environ["KERAS_BACKEND"] = "jax"
     with jax.numpy_rank_promotion("allow"):
         return runpy.run_path(str(FIXTURES / "make_keras_network.py"))["reference"]()
 
 
-# what was recorded, and, where Keras is installed, Keras
+# the recorded arrays and, if Keras is installed, those computed now
 REFERENCES = {"recorded": lambda: tools.read_arrays(FIXTURES / "keras_network.npz")}
 if importlib.util.find_spec("keras"):
     REFERENCES["live"] = live
@@ -69,7 +69,7 @@ def variables(reference):
 
 
 def close(actual, wanted, what=""):
-    """To 1e-5 of the largest value."""
+    """Asserts equality to 1e-5 of the largest value."""
     wanted = np.asarray(wanted)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * (np.abs(wanted).max() + 1e-3), err_msg=what)
 
@@ -79,7 +79,7 @@ def test_evaluation(reference, variables):
 
 
 def test_a_training_step(reference, variables):
-    """The output, every gradient and every statistic after the step."""
+    """Checks output, gradients and statistics after the step."""
 
     def loss(params):
         both = {**variables, "params": params}
@@ -107,7 +107,7 @@ def test_there_and_back(reference, variables):
 
 
 def test_from_pytorch_to_keras():
-    """Through the variables of this library any of the formats becomes any other."""
+    """Checks that PyTorch's format converts to Keras' by way of the variables of bnjax."""
     _, variables = zoo.linen_net()
     state = tools.to_keras(tools.from_torch(tools.to_torch(variables), zoo.trained(variables, 3)))
     zoo.assert_trees_equal(tools.from_keras(state, zoo.trained(variables, 4)), variables)

@@ -1,4 +1,4 @@
-"""Layers that Keras keeps otherwise: separable and depthwise ones, batch renormalization, numbered weights, models."""
+"""Tests layers that Keras stores differently: separable, depthwise, batch renormalization, numbered weights, models."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ NAMES = {"depth": "sep", "point": "sep"}
 
 
 class Separable(nn.Module):
-    """Keras' SeparableConv2D of a multiplier, and batch renormalization behind it."""
+    """Keras' SeparableConv2D with a depth multiplier, followed by batch renormalization."""
 
     multiplier: int
     size: int = 3
@@ -33,7 +33,7 @@ class Separable(nn.Module):
 
 
 def separable(multiplier, size=3):
-    """The weights by the names of Keras, with the averages that renorm=True trains by, and its formula."""
+    """Returns the weights by Keras' names, with the averages of renorm=True, and a function that computes the layer."""
     state = {
         "sep/depthwise_kernel": RNG.normal(size=(size, size, 3, multiplier)),
         "sep/pointwise_kernel": RNG.normal(size=(1, 1, 3 * multiplier, 5)),
@@ -57,7 +57,7 @@ def separable(multiplier, size=3):
 
 
 def numbered(state):
-    """The same as the files of Keras 3 have it."""
+    """Renames the weights to the numbered names that the files of Keras 3 have."""
     counts, result = {}, {}
     for name, value in state.items():
         layer = name.rpartition("/")[0]
@@ -70,7 +70,7 @@ def numbered(state):
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("form", [dict, numbered])
 def test_separable_convolutions_and_renorm(multiplier, size, form):
-    """Two modules of one name in Keras; and back, as Keras has it but for the averages of renorm=True."""
+    """Checks one Keras layer against two modules, and the way back, which drops the averages of renorm=True."""
     state, formula = separable(multiplier, size)
     x = RNG.normal(size=(2, 6, 5, 3)).astype(np.float32)
     model = Separable(multiplier, size)
@@ -97,7 +97,7 @@ def test_a_map_of_separable_convolutions_is_proposed():
 
 
 def test_depthwise_kernels_of_older_versions():
-    """`depthwise_kernel`, with or without :0, which is never that of a transposed convolution."""
+    """Checks that `depthwise_kernel`, with or without ":0", is never read as a transposed convolution's."""
     kernel = RNG.normal(size=(3, 3, 4, 1)).astype(np.float32)
     variables = {"params": {"conv": {"kernel": jnp.zeros((3, 3, 1, 4))}}}
     for name in ("conv/depthwise_kernel", "conv/depthwise_kernel:0"):
@@ -108,7 +108,7 @@ def test_depthwise_kernels_of_older_versions():
 @pytest.mark.parametrize("roles", [("scale", "bias"), ("scale",), ("bias",), ()])
 @pytest.mark.parametrize("renorm", [False, True])
 def test_numbered_weights_of_a_normalization(roles, renorm):
-    """In Keras' order; three of four could be either, and are refused."""
+    """Checks weights numbered in Keras' order; three weights are ambiguous, so they are an error."""
     variables = zoo.trained(
         {
             "params": {"bn": {role: jnp.ones(3) for role in roles}},
@@ -173,7 +173,7 @@ if importlib.util.find_spec("keras"):
     @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras' own variables
     @pytest.mark.parametrize("form", ["model", "m.keras", "m.h5", "m.weights.h5"])
     def test_a_keras_model(tmp_path, form):
-        """Square kernels of all kinds: the model itself says which is which, its files leave it to the model here."""
+        """Checks square kernels: a model says which are transposed; for its files the Flax model is traced."""
         with jax.numpy_rank_promotion("allow"):
             there = keras_model()
             for w in there.weights:

@@ -1,4 +1,4 @@
-"""Convolutions and transposed ones: which a kernel is, from whom that is known, and a refusal where nobody says it."""
+"""Tests how converters tell a transposed convolution's kernel from a plain one: by modules, the caller, or an error."""
 
 import importlib.util
 import itertools
@@ -17,7 +17,7 @@ SIZES = (2, 3, 2)  # of kernels, different in each direction
 
 
 def kernel_of(library, rank, inputs, outputs, transposed):
-    """A kernel of the other library."""
+    """Draws a kernel in the layout of the other library."""
     spatial = SIZES[:rank]
     if library == "torch":
         return RNG.normal(size=((inputs, outputs) if transposed else (outputs, inputs)) + spatial).astype(np.float32)
@@ -25,7 +25,7 @@ def kernel_of(library, rank, inputs, outputs, transposed):
 
 
 def formula(library, kernel, x, transposed):
-    """What the other library computes, by its definition, with stride 2 for transposed convolutions; channels last."""
+    """Computes the other library's layer by its definition, channels last; transposed convolutions have stride 2."""
     rank = x.ndim - 2
     if library == "torch":  # [k..., out, in] if transposed, [k..., in, out] if not, as in Keras
         kernel = np.moveaxis(kernel, (0, 1), (-1, -2))
@@ -46,7 +46,7 @@ def formula(library, kernel, x, transposed):
 
 
 def layer(module, rank, outputs, transposed, transpose_kernel=False, **options):
-    """The layer in Flax."""
+    """Builds the layer in Flax."""
     options |= dict(use_bias=False, padding="VALID", kernel_size=SIZES[:rank])
     if not transposed:
         return module.Conv(outputs, **options) if module is nn else module.Conv(out_features=outputs, **options)
@@ -108,7 +108,7 @@ def ids(cases):
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_known_by_the_module(case):
-    """An nnx module, concrete or not, and a linen model that is traced, jitted too: the right output, and back."""
+    """Checks output and way back with an nnx module (concrete or abstract) and a traced linen model, also under jit."""
     library, rank, inputs, outputs, transposed, option = case
     kernel = kernel_of(library, rank, inputs, outputs, transposed)
     x = RNG.normal(size=(2, *(4,) * rank, inputs)).astype(np.float32)
@@ -148,7 +148,7 @@ def test_known_by_the_caller(case):
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 @pytest.mark.parametrize("called", ["layer", None])
 def test_known_by_nobody(case, called):
-    """Right, where the shape or a name of Flax's own says it, or refused; never wrong."""
+    """Checks that without modules a kernel is right if its shape or Flax's own name tells, and else an error."""
     library, rank, inputs, outputs, transposed, option = case
     kernel = kernel_of(library, rank, inputs, outputs, transposed)
     x = RNG.normal(size=(2, *(4,) * rank, inputs)).astype(np.float32)
@@ -237,7 +237,7 @@ def test_what_a_module_and_a_caller_say_must_agree():
     "make", [lambda rngs: nnx.Linear(3, 3, rngs=rngs), lambda rngs: nnx.Conv(3, 3, (2,), rngs=rngs)]
 )
 def test_stacked_layers_have_no_counterpart(make):
-    """A stack of dense kernels has the axes of a convolution's, and would be one without a word."""
+    """Checks that a stack of dense kernels, whose shape is that of a convolution's, is refused."""
     stacked = nnx.split_rngs(splits=4)(nnx.vmap(lambda rngs: nnx.Dict(layer=make(rngs)), in_axes=0))(nnx.Rngs(0))
     for call in (tools.to_torch, tools.to_keras):
         with pytest.raises(ValueError, match="stacked by vmap or scan"):
@@ -259,7 +259,7 @@ if importlib.util.find_spec("torch"):
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("wrapped", [False, True])
     def test_known_by_a_torch_module(transposed, wrapped):
-        """The other side knows as well: a torch module in place of its state."""
+        """Checks that a torch module, in place of its state, tells which kernels are transposed."""
         import torch
 
         net = torch.nn.Sequential()

@@ -1,4 +1,4 @@
-"""Names that differ: prefixes, maps, maps that are proposed, and names that two modules would share."""
+"""Tests names that differ between libraries: prefixes, given and proposed maps, and two modules with one name."""
 
 import flax.linen as nn
 import jax
@@ -52,7 +52,7 @@ def test_names_hold_for_what_is_below(library):
 
 @each_library
 def test_two_modules_of_one_name(library):
-    """They would overwrite each other on the way out, and both get the values of one on the way in."""
+    """Checks that two modules with one name are an error: they would overwrite each other or get equal values."""
     given, to, separator = LIBRARIES[library]
     variables, blank = network()
     for names in ({"Conv_0": "a", "Conv_1": "a"}, {"Conv_0": "Conv_1"}, {"BatchNorm_0": "BatchNorm_1"}):
@@ -69,7 +69,7 @@ def test_two_modules_of_one_name(library):
 
 
 class Deep(nn.Module):
-    """Layers of equal shapes, more than nine of them, whose names say their order or do not."""
+    """Twelve blocks of equal shapes, with names that tell their order or names that do not."""
 
     named: bool
 
@@ -90,7 +90,7 @@ def deep(named):
 
 
 def elsewhere(library, variables):
-    """The state as that library would have it, in its own names and order of layers."""
+    """Returns the state as the other library would store it, with its own names and order of layers."""
     _, to, separator = LIBRARIES[library]
     letters = "zyxwvutsrqpon"
     numbered = {"Conv": 0, "conv": 0, "BatchNorm": 1, "bn": 1}
@@ -110,7 +110,7 @@ def elsewhere(library, variables):
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("alphabetical", [False, True])
 def test_a_map_is_proposed(library, named, alphabetical):
-    """By shapes and order: 25 modules of three shapes; files sort their names, and 10 comes before 9 then."""
+    """Checks proposals by shape and order, for 25 modules of three shapes, also if "10" is sorted before "9"."""
     given = LIBRARIES[library][0]
     model, x, variables = deep(named)
     state, wanted = elsewhere(library, variables)
@@ -129,7 +129,7 @@ def test_a_map_is_proposed(library, named, alphabetical):
 
 @each_library
 def test_a_proposal_for_an_nnx_module(library):
-    """Its attributes are in the order of the definition, whatever they are called."""
+    """Checks that attributes count in the order of their definition, whatever their names."""
     given, to, separator = LIBRARIES[library]
     wanted = {name: f"net{separator}{i}" for i, name in enumerate(("z", "bn", "a", "norm", "m"))}
 
@@ -151,7 +151,7 @@ def test_a_proposal_for_an_nnx_module(library):
 
 
 class Branches(nn.Module):
-    """Residual blocks whose shortcut runs first: all normalizations of a block have one shape."""
+    """Residual blocks whose shortcut runs first; all normalizations of a block have one shape."""
 
     @nn.compact
     def __call__(self, x):
@@ -167,7 +167,7 @@ class Branches(nn.Module):
 
 @each_library
 def test_branches_in_another_order(library):
-    """PyTorch's blocks define the shortcut last; what a layer follows upon says which it is."""
+    """Checks shortcuts that PyTorch defines last: the layers before each one identify it."""
     given, to, separator = LIBRARIES[library]
     model, x = Branches(), jnp.ones((1, 6, 6, 3))
     variables = zoo.trained(model.init(jax.random.key(0), x))
@@ -188,7 +188,7 @@ def test_branches_in_another_order(library):
 
 @each_library
 def test_what_does_not_correspond_is_named(library):
-    """One module more on either side: the others are still found, and the error says which are left."""
+    """Checks one module too many on either side: the others are matched, and the error names the rest."""
     given, to, separator = LIBRARIES[library]
     variables, blank = network()
     state = to(variables, names={m: f"net{separator}{i}" for i, m in enumerate(variables["params"])})

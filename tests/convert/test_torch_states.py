@@ -1,4 +1,4 @@
-"""PyTorch's states as people have them: one network, the same values whatever it came in."""
+"""Tests the kinds of PyTorch states that users have: one network gives the same values in each."""
 
 import importlib.util
 
@@ -16,7 +16,7 @@ if importlib.util.find_spec("torch"):
     import torch
 
     class Net(torch.nn.Module):
-        """With a transposed convolution whose shape tells nothing."""
+        """A network with a transposed convolution whose kernel shape does not tell that it is transposed."""
 
         def __init__(self):
             super().__init__()
@@ -35,7 +35,7 @@ if importlib.util.find_spec("torch"):
             return nn.ConvTranspose(4, (2, 2), (2, 2), "VALID", name="up")(x)
 
     def forms(net):
-        """The same values in every form that people have them in."""
+        """Yields the values of a network in every form that users store them in."""
         state = net.state_dict()
         yield "a state dict", state
         yield "arrays", {k: v.numpy() for k, v in state.items()}

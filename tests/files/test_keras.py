@@ -1,4 +1,4 @@
-"""Keras' files of three layouts, and HDF5 files that say what is not so: read without running code."""
+"""Tests reading Keras' files in three layouts, and HDF5 files with false content, without running code from them."""
 
 import importlib.util
 import io
@@ -32,7 +32,7 @@ LAYERS = [
 
 
 def numbered(file, arrays=ARRAYS):
-    """The layout of `.weights.h5` in Keras 3, with the state of an optimizer and of a dropout layer."""
+    """Writes the layout of `.weights.h5` in Keras 3, with the state of an optimizer and of a dropout layer."""
     for name, group in GROUPS.items():
         held = file.create_group(f"{group}/vars")
         held.attrs["name"] = name.rpartition("/")[2]
@@ -44,7 +44,7 @@ def numbered(file, arrays=ARRAYS):
 
 
 def older(file):
-    """The layout of `.h5` in Keras 2: a group per layer, in it the names of the weights with :0."""
+    """Writes the layout of `.h5` in Keras 2: a group per layer, which holds weights with names that end in ":0"."""
     for name, value in ARRAYS.items():
         file[f"model_weights/{name.partition('/')[0]}/{name}:0"] = value
     file["optimizer_weights/adam/stem/kernel/m:0"] = np.ones(3)
@@ -70,7 +70,7 @@ def equal(arrays, wanted):
 
 
 def test_keras_3(tmp_path):
-    """Names of layers are their own, those of weights by the description of the model."""
+    """Checks that layers keep their names, and weights get theirs from the model's description."""
     equal(tools.read_arrays(keras(tmp_path / "m.keras")), ARRAYS)
 
 
@@ -91,7 +91,7 @@ def test_keras_2(tmp_path):
 
 
 def test_dtypes_and_storage(tmp_path):
-    """Compressed, chunked, empty, without axes; bfloat16 as Keras stores it."""
+    """Checks arrays that are compressed, chunked, empty or scalar, and bfloat16 as Keras stores it."""
     wanted = {
         "zipped/w": np.zeros((300, 300), "f4"),
         "half/w": np.ones(3, "f2"),
@@ -165,7 +165,7 @@ def test_what_misleads(tmp_path, case, kind):
 
 
 def test_groups_without_end(tmp_path):
-    """Deeper than Python's stack: read, as nothing is wrong with it."""
+    """Checks that groups nested deeper than Python's stack are read."""
     with h5py.File(tmp_path / "m.h5", "w") as file:
         group = file
         for _ in range(3000):
@@ -209,7 +209,7 @@ if importlib.util.find_spec("keras"):
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras' own variables
     def test_what_keras_writes(tmp_path):
-        """Every layout by Keras itself, with an optimizer, a dropout layer, a nested model, BN of every option."""
+        """Checks every layout as Keras writes it, with optimizer, dropout, a nested model, and options of BN."""
         os.environ["KERAS_BACKEND"] = "jax"
         import jax
         import keras
@@ -243,7 +243,7 @@ if importlib.util.find_spec("keras"):
 
 
 def counted(names):
-    """Each name with its place among those of its layer."""
+    """Yields each name with its index among the names of its layer."""
     seen = {}
     for name in names:
         layer = name.rpartition("/")[0]

@@ -1,4 +1,4 @@
-""".npz files: every member is an array of numbers that the file has room for, or is refused by name."""
+"""Tests .npz files: every member must be an array of numbers that fits into the file, or the error names it."""
 
 import io
 import pickle
@@ -12,14 +12,14 @@ from bnjax import tools
 
 
 def npy(array, **options):
-    """One array as a member."""
+    """Returns the bytes of an array as a member of the file."""
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.asarray(array), **options)
     return stream.getvalue()
 
 
 def header(shape, descr="<f4", extra="", version=1):
-    """The header of a member that says what it likes."""
+    """Returns the header of a member with any shape and dtype, true or not."""
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}{extra}}}\n".encode("latin1")
     return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text
 
@@ -87,7 +87,7 @@ def test_broken_members(tmp_path, case):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compression_that_numpy_never_uses(tmp_path, compression):
-    """Its ratio has no bound by which a small file could be known to be harmless."""
+    """Checks that other compressions are refused: their ratio is unbounded, so a small file could fill the memory."""
     with pytest.raises(ValueError, match=r"state\.npz: member 'w\.npy'"):
         tools.read_arrays(write(tmp_path / "state.npz", [("w.npy", npy(np.zeros(9)))], compression))
 
@@ -101,7 +101,7 @@ def test_files_of_another_kind(tmp_path, raw):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_any_byte_changed(tmp_path, save):
-    """Checksums and sizes: the arrays as they were, or a ValueError."""
+    """Checks that after a change of any byte the arrays are right, or ValueError is raised."""
     file = tmp_path / "state.npz"
     save(file, w=np.arange(5.0))
     whole = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Safetensors files: what is read, how fast by count of bytes, and what is refused by which words."""
+"""Tests safetensors files: what is read, how many bytes that takes, and the errors for broken files."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ from bnjax import tools
 
 
 def write(file, header, data=b""):
-    """The format by its definition; a header as bytes is written as it is."""
+    """Writes a file by the definition of the format; a header given as bytes is written unchanged."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return file
@@ -29,7 +29,7 @@ WORDS = {
 
 
 def test_every_dtype(tmp_path):
-    """In one file, odd sizes between them, so that no array begins at a multiple of its element."""
+    """Checks all dtypes in one file, with odd sizes, so that arrays are not aligned to their elements."""
     header, data, wanted = {"__metadata__": {"format": "pt"}}, b"", {}
     for word, dtype in WORDS.items():
         for name, shape in {f"{word}.a": (3, 1), f"{word}.scalar": (), f"{word}.none": (0, 2)}.items():
@@ -47,7 +47,7 @@ def test_every_dtype(tmp_path):
 
 
 def test_arrays_are_views_of_one_block(tmp_path):
-    """A file is read once, however many arrays it holds."""
+    """Checks that the file is read once, however many arrays it holds."""
     header = {f"layer{i}": entry(4000 * i, 4000 * (i + 1)) for i in range(400)}
     arrays = tools.read_arrays(write(tmp_path / "many.safetensors", header, bytes(1_600_000)))
 

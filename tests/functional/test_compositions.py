@@ -1,8 +1,8 @@
-"""Compositions of up to three transforms, of the layer in float32 beside the plain formula in float64.
+"""Tests compositions of up to three transforms of the layer in float32 against the plain formula in float64.
 
-Whatever JAX can do to the formula it can do to the layer: with a batch near zero, where the guard is quiet, and one far
-from it. The default run takes all pairs of one device and a sample of the
-others; the slow one takes the rest.
+The layer must support every transform that the formula supports, for a batch near zero, where the guard is not taken,
+and one far from it. The default run takes all pairs on one device and a sample of the others; the slow run takes the
+rest.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def _plain(x, axis_name=None):
 
 
 def _over_devices(layer):
-    """Splits the rows over two devices that share statistics; the plain formula sees them together."""
+    """Splits the rows over two devices that share statistics; the plain formula is applied to all rows at once."""
     if layer is _plain:
         return layer
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
@@ -89,7 +89,7 @@ def test_composition(where, names):
 
 @pytest.mark.parametrize("far", [0.0, 50.0])
 def test_an_ensemble_sums_no_more_than_its_members(far):
-    """Under vmap the guard stays a conditional: its predicate is one number for all members."""
+    """Checks that under vmap the guard stays a conditional, because its predicate is one boolean for all members."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64, 3)) + far, jnp.float32)
     jaxpr = str(jax.make_jaxpr(jax.vmap(lambda x: bnjax.batch_norm(x)[0]))(x))
     assert "cond[" in jaxpr
