@@ -40,8 +40,8 @@ class TorchNet(nn.Module):
 def largest(x: jax.Array) -> jax.Array:
     """Returns the maximum over the last axis, whose gradient goes to one element, as that of `torch.max(x, 1)[0]` does.
 
-    The gradient of `jnp.max` divides by the number of elements that equal the maximum. That has no value, and gives NaN, where XLA
-    computes x once more in another fusion and rounds it otherwise.
+    The gradient of `jnp.max` divides by the number of elements that equal the maximum. That number is 0, and the
+    gradient NaN, where XLA computes x once more in another fusion and rounds it otherwise.
     """
     return jnp.take_along_axis(x, jnp.argmax(x, -1, keepdims=True), -1)[..., 0]
 
