@@ -147,9 +147,11 @@ def normalize_batch(
             s, b = r if s is None else r * s, shift if b is None else shift + b
         a = a if s is None else a * s
         c = -mean * a if b is None else b - mean * a
-        if weights is not None:  # NaN in padding is read as the mean, so that neither it nor its derivative gets out
-            z = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(mean))
-        a, c = _collectives.vary_together((a, c), x)
+        if weights is None:
+            a, c = _collectives.vary_together((a, c), x)
+        else:  # NaN in padding is read as the mean, so that neither it nor its derivative gets out
+            a, c, read = _collectives.vary_together((a, c, mean), x)
+            z = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(read))
         return (z * expand(a) + expand(c)).astype(dtype), moments_of(batch, rstd, mean, var)
 
     return layer(x, scale, bias, weights, others)
@@ -160,8 +162,9 @@ def _measure_and_keep(
 ) -> tuple[Measured, jax.Array]:
     """Measures a batch for a normalization with this epsilon: the moments and 1/√(var + ε), kept for its derivative."""
     batch = measure(x, weights, reduction, _FLOOR * epsilon)
-    vectors, rstd = jax.tree.map(_keep, (batch._replace(count=None), scaled_rstd(batch, epsilon)))
-    return vectors._replace(count=batch.count), rstd
+    kept = batch._replace(count=batch.count if isinstance(batch.count, jax.Array) else None)
+    vectors, rstd = jax.tree.map(_keep, (kept, scaled_rstd(batch, epsilon)))
+    return vectors._replace(count=batch.count if vectors.count is None else vectors.count), rstd
 
 
 def _keep(vector: jax.Array) -> jax.Array:

@@ -44,9 +44,18 @@ class Measured(NamedTuple):
     unit: jax.Array  # 1 or a power of two
     count: jax.Array | float | None  # type: ignore[assignment]  # W
 
+    @property
+    def resolved_var(self) -> jax.Array:
+        """Returns the variance to divide by: not less than what rounding makes of e.
+
+        In a constant channel, of whose value K is a few units off, x − K and e are equal but for rounding, and the
+        variance is 0. This keeps the difference from being magnified by 1/√ε; it changes no other channel.
+        """
+        return jnp.maximum(self.var, squared(self.e) * 2.0**-24)
+
 
 def averages(
-    c: jax.Array, weights: jax.Array | None, reduction: Reduction
+    c: jax.Array, weights: jax.Array | None, reduction: Reduction, W: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | float]:
     """Returns Σwc/W, Σw|c|²/W and W of each channel, over the rows of all devices in the group: one all-reduce.
 
@@ -54,6 +63,7 @@ def averages(
       c: `[..., C]` in the dtype of the statistics, real or complex.
       weights: bool or floating, of the rank of c, or None for 1. Where they are zero c may hold NaN.
       reduction: the rows.
+      W: the sum of the weights, where it is known; with weights only.
 
     Returns:
       Two arrays of the feature shape, and the count: a number without weights, else an array of the feature shape.
@@ -68,9 +78,12 @@ def averages(
     known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 takes no part
     weighted = known if weights.dtype == bool else weights * known
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
-    sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows), _weight_sum(c, weights, layout)]
-    first, second, total = _collectives.pool_together(sums, group)
-    W = _as_count(total)
+    sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows)]
+    if W is None:
+        first, second, total = _collectives.pool_together([*sums, _weight_sum(c, weights, layout)], group)
+        W = _as_count(total)
+    else:
+        first, second = _collectives.pool_together(sums, group)
     rows_or_one = jnp.where(W == 0, 1, W)
     return first / rows_or_one, second / rows_or_one, W
 
@@ -120,10 +133,8 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
         # x crosses it in its own dtype, because whatever a branch is handed is written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
         centred = (wide - reduction.layout.expand(K)) * reduction.layout.expand(unit)
-        rest, square, _ = averages(centred, _of_sum_one(weights, count, reduction), reduction)
-        # The sums are not better than their rounding, so neither is the variance: a constant channel, of whose value K
-        # is a few units off, has no variance but that.
-        return rest, jnp.maximum(square - squared(rest), squared(rest) * 2.0**-24)
+        rest, square, _ = averages(centred, *_of_sum_one(weights, count, reduction))
+        return rest, jnp.maximum(square - squared(rest), 0)
 
     # Channels that are not far keep their first sums, so that none depends on what another one holds. The selection
     # stands outside of the conditional: inside, XLA could not merge two equal calls.
@@ -138,11 +149,16 @@ def _shrinking(kind: Any, weights: jax.Array | None, count: jax.Array | float) -
     return for_values if weights is None else jnp.where(count > float(kind.max) ** 0.5, for_weights, for_values)
 
 
-def _of_sum_one(weights: jax.Array | None, count: jax.Array | float, reduction: Reduction) -> jax.Array | None:
-    """Returns floating weights divided by their sum, so that huge ones do not overflow; other weights as they are."""
-    if weights is None or weights.dtype == bool:
-        return weights
-    return weights / reduction.layout.expand(jnp.where(count == 0, 1, count))
+def _of_sum_one(
+    weights: jax.Array | None, count: jax.Array | float, reduction: Reduction
+) -> tuple[jax.Array | None, Reduction, jax.Array | None]:
+    """Returns the arguments of `averages` for the same weights, floating ones divided by their sum.
+
+    Huge weights do not overflow then.
+    """
+    if not isinstance(count, jax.Array) or weights is None or weights.dtype == bool:
+        return weights, reduction, count if isinstance(count, jax.Array) else None
+    return weights / reduction.layout.expand(jnp.where(count == 0, 1, count)), reduction, jnp.ones_like(count)
 
 
 @jax.custom_batching.custom_vmap

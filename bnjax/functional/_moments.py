@@ -105,16 +105,18 @@ def formula_of(
 
     The variance is written with the measured mean, so that no sum of the formula itself is ever needed, only tangents.
     """
-    mean, square, _ = averages(z, weights, reduction)
+    known = batch.count if isinstance(batch.count, jax.Array) else None
+    mean, square, _ = averages(z, weights, reduction, known)
     factor = rstd / batch.unit
     mean = value_of(batch.e * factor, mean)
-    return mean, value_of(batch.var * squared(factor), square - squared(mean))
+    return mean, value_of(batch.resolved_var * squared(factor), square - squared(mean))
 
 
 def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
-    """Returns 1/√(var + ε), finite for a variance of 0 and for one whose square overflows."""
+    """Returns 1/√(var + ε), finite also where the variance is 0 or overflows; NaN past 1e37, where it would be 0."""
     least = jnp.finfo(batch.var.dtype).tiny
-    return batch.unit * jax.lax.rsqrt(jnp.maximum(batch.var + epsilon * squared(batch.unit), least))
+    rstd = batch.unit * jax.lax.rsqrt(jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least))
+    return jnp.where(rstd >= least, rstd, jnp.nan)
 
 
 def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array) -> Moments:
@@ -127,8 +129,9 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
       var: the formula's variance of z.
     """
     count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
+    once = jnp.minimum(batch.var / batch.unit, jnp.finfo(batch.var.dtype).max)  # or XLA divides by unit², which is 0
     return Moments(
         value_of(batch.K + batch.e / batch.unit, batch.K + mean / rstd),
-        value_of(batch.var / batch.unit / batch.unit, var / rstd / rstd),
+        value_of(once / batch.unit, var / rstd / rstd),
         count,
     )
