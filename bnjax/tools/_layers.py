@@ -16,8 +16,9 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from bnjax.functional import RunningStats
-from bnjax.tools._trees import Path, flatten_with_layers
+from bnjax.functional import Normalization, RunningStats
+from bnjax.functional._protocol import unstated
+from bnjax.tools._trees import Path, flatten_with_layers, show
 
 Handler = Callable[["Call"], jax.Array]
 
@@ -78,9 +79,52 @@ class Call(NamedTuple):
         return self.module.get_variable("batch_stats", name)
 
 
+# What Flax's own classes and their subclasses compute, as long as these leave __call__ alone: batch normalization.
+_FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
+_BATCH_NORM = Normalization()
+
+
 def is_norm(module: Any) -> bool:
-    """Whether a module is a batch normalization: Flax's, one of the drop-ins for it, or a subclass of either."""
-    return any(c.__name__ == "BatchNorm" for c in type(module).__mro__) and hasattr(module, "use_running_average")
+    """Returns whether a module is a batch normalization: by its class, or because it owns a running mean and variance.
+
+    The latter may compute anything: `unsaid` tells.
+    """
+    if isinstance(module, (Normalization, *_FLAX_NORMS)):
+        return True
+    if isinstance(module, nnx.Module):
+        return all(isinstance(vars(module).get(name), nnx.BatchStat) for name in ("mean", "var"))
+    return module.scope is not None and all(module.has_variable("batch_stats", name) for name in ("mean", "var"))
+
+
+def unsaid(module: Any) -> str:
+    """Returns why the tools do not know what a layer computes, and what to write; empty where they do."""
+    cls = _own_class(module)
+    if issubclass(cls, Normalization):
+        return unstated(object.__new__(cls))  # which asks the class alone
+    if any(issubclass(cls, flax) and cls.__call__ is flax.__call__ for flax in _FLAX_NORMS):
+        return ""
+    return (
+        f"{cls.__name__} holds a running mean and variance and does not say what it computes with them. Derive it from "
+        "bnjax.Normalization (too) and define averaged_moments and evaluation_affine in it, or write "
+        "averaged_moments = bnjax.Normalization.averaged_moments there, and likewise the other, if they are as in "
+        "batch normalization."
+    )
+
+
+def described(module: Any, path: Path = ()) -> Normalization:
+    """Returns the object that answers for a layer: the layer itself, or batch normalization for Flax's own classes.
+
+    Raises:
+      ValueError: the class of the layer does not say what it computes.
+    """
+    if problem := unsaid(module):
+        raise ValueError(f"{show(path)}: {problem}" if path else problem)
+    return module if isinstance(module, Normalization) else _BATCH_NORM
+
+
+def _own_class(module: Any) -> type:
+    """Returns the class that the author of a module gave it, under the spy that `spied` may have put on it."""
+    return next(c for c in type(module).__mro__ if not c.__dict__.get("is_spy"))
 
 
 def is_linear(module: Any) -> bool:
@@ -134,7 +178,7 @@ def _spy_class(cls: type) -> type:
             return method(*args, **kwargs)
         return handler(_call(self, self.spy_path, method, *args, **kwargs))
 
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "is_spy": True})
 
 
 class Program(NamedTuple):

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
-from bnjax.functional import Moments, RunningStats, batch_moments, merge_moments
+from bnjax.functional import Moments, RunningStats, merge_moments
 from bnjax.functional._axes import layout_of
 from bnjax.functional._collectives import group_of, group_size
 from bnjax.functional._merge import moments_for_running
 from bnjax.tools import _trees
-from bnjax.tools._kinds import kind_of
-from bnjax.tools._layers import Call, Program, handling, is_norm
+from bnjax.tools._layers import Call, Program, described, handling, is_norm
 from bnjax.tools._trees import Path, show
 
 Settled = Mapping[Path, jax.Array | bool]
@@ -49,11 +48,6 @@ def layer_moments(model: Program, state: Any, batch: Any, settled: Settled) -> F
         counts = {layer: again[layer]["mean"].real for layer in first.rows}
     found = {layer: _finite(Moments(stats[layer]["mean"], stats[layer]["var"], counts[layer])) for layer in first.rows}
     return Found(found, frozenset(first.constant))
-
-
-def _about_zero(moments: Moments) -> Moments:
-    """E[x²] = var + mean², in the place of the variance."""
-    return Moments(jnp.zeros_like(moments.mean), moments.var + moments.mean**2, moments.count)
 
 
 def _finite(moments: Moments) -> Moments:
@@ -91,7 +85,7 @@ class _Recorder:
         mask = call.options.get("mask")
         running, moments, pooled = self._observe(call, mask)
         use = self.settled.get(call.path, False)
-        if kind_of(call.module).constant:
+        if described(call.module, call.path).is_constant:
             use = True
             self.constant.add(call.path)
         call.store(RunningStats(*(jnp.where(use, a, b) for a, b in zip(running, moments[:2], strict=True))))
@@ -104,11 +98,9 @@ class _Recorder:
         names = (call.module.axis_name, call.module.axis_index_groups)
         layout = layout_of(call.x, call.module.axis)
         rows = math.prod(call.x.shape[a] for a in layout.rows) * group_size(group_of(*names, call.x.shape))
-        moments = batch_moments(
+        moments = described(call.module, call.path).averaged_moments(
             call.x, axis=call.module.axis, mask=mask, axis_name=names[0], axis_index_groups=names[1]
         )
-        if kind_of(call.module).about_zero:
-            moments = _about_zero(moments)
         everybody = getattr(call.module, "stats_axis_name", None)
         # nnx keeps the statistics of several feature axes flat
         mean, var, *_ = call.stats()
