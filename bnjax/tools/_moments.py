@@ -54,9 +54,9 @@ def widened(tree: Tree, weights: Mapping[Path, jax.Array]) -> Any:
     leaves = list(tree.leaves)
     for layer, weight in weights.items():
         mean, var = (jnp.asarray(leaves[tree.layers[layer][role]]) for role in ("mean", "var"))
-        wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-        none = jnp.zeros_like(var, wide)
-        start = Gathered(RunningStats(mean, var), none + weight.astype(wide), Moments(none, none, none), *[none] * 4)
+        none = jnp.zeros_like(var, float)  # float64 where JAX has it
+        weights_of_all = none + weight.astype(none.dtype)
+        start = Gathered(RunningStats(mean, var), weights_of_all, Moments(none, none, none), *[none] * 4)
         kept = statistics_dtype(mean)
         for role, columns in zip(("mean", "var"), _packed(start, kept), strict=True):
             leaves[tree.layers[layer][role]] = columns
@@ -150,8 +150,8 @@ def _merged(before: Gathered, pooled: Moments, held: RunningStats, is_constant: 
         double=jnp.full_like(before.calls, double),
         imaginary=jnp.full_like(before.calls, imaginary),
     )
-    new = _packed(after, _kept_dtype(held.mean))
-    return RunningStats(*(match(columns, old) for columns, old in zip(new, held, strict=False)))
+    mean, var = _packed(after, _kept_dtype(held.mean))
+    return RunningStats(match(mean, held.mean), match(var, held.var))
 
 
 def _moments_of(call: Call, mask: jax.Array | None, held: RunningStats) -> tuple[Moments, Moments]:

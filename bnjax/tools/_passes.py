@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from bnjax.tools import _trees
 from bnjax.tools._layers import run_module
-from bnjax.tools._moments import gather, gathered, layers_in, widened
+from bnjax.tools._moments import Gathered, gather, gathered, layers_in, widened
 from bnjax.tools._progress import Progress, shown
 from bnjax.tools._trees import Path, show
 
@@ -25,8 +25,7 @@ class Total(NamedTuple):
     mean: Array
     var: Array
     count: Array  # type: ignore[assignment]
-    running: tuple[Array, Array]  # the mean and variance that the layer holds
-    constant: bool  # whether the layer says that nothing changes them
+    constant: bool  # whether the layer says that nothing changes its statistics
     dtype: Any  # in which JAX computed the variance
 
 
@@ -149,16 +148,17 @@ def _added(totals: dict[Path, Total], found: Mapping[Path, Mapping[str, jax.Arra
     """Returns the totals with what one batch added."""
     met = {layer: gathered({k: _on_host(v) for k, v in s.items()}, is_complex=True) for layer, s in found.items()}
     _refuse_missing([layer for layer, g in met.items() if not g.calls.any()])
-    new = {}
-    for layer, g in met.items():
-        (mean, var, count), running = g.moments, g.running
-        good = np.isfinite(mean) & np.isfinite(var)  # a channel that is not finite in this batch counts no rows in it
-        mean = mean if g.imaginary.any() else mean.real
-        mean, var, count = (np.where(good, v, 0) for v in (mean, var, count))
-        dtype = np.float64 if g.double.any() else np.float32
-        total = Total(mean, var, count, (running.mean, running.var), bool(g.constant.any()), dtype)
-        new[layer] = _merged(totals[layer], total) if totals else total
-    return new
+    new = {layer: _total(g) for layer, g in met.items()}
+    return {layer: _merged(totals[layer], total) for layer, total in new.items()} if totals else new
+
+
+def _total(g: Gathered) -> Total:
+    """Returns the moments that one batch left; a channel that is not finite in it counts no rows."""
+    mean, var, count = map(np.asarray, g.moments)
+    good = np.isfinite(mean) & np.isfinite(var)
+    mean = mean if g.imaginary.any() else mean.real
+    mean, var, count = (np.where(good, v, 0) for v in (mean, var, count))
+    return Total(mean, var, count, bool(g.constant.any()), np.float64 if g.double.any() else np.float32)
 
 
 def _merged(p: Total, q: Total) -> Total:
