@@ -1,4 +1,4 @@
-"""JSON lines: how every experiment keeps what it measured, one object per line."""
+"""Reads and writes JSON lines, one object per line: the format in which every experiment keeps its measurements."""
 
 import json
 import math
@@ -10,35 +10,39 @@ Line = dict[str, Any]
 
 
 def text(line: Line, *, digits: int | None = None) -> str:
-    """Returns a line as JSON with its newline; `digits` are those of :func:`plain`."""
+    """Returns a record as one line of JSON that ends in a newline; floats keep `digits` significant digits, or all of
+    them.
+    """
     return json.dumps(plain(line, digits), allow_nan=False) + "\n"
 
 
 def parse(content: str) -> list[Line]:
-    """Returns the lines of a file's content, without a last one that a crash cut short."""
+    """Returns the records in the content of a file, without a last line that a crash cut short."""
     return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
 
 
 def read(path: Path) -> list[Line]:
-    """Returns the lines of a file, without a last one that a crash cut short."""
+    """Returns the records of a file, without a last line that a crash cut short."""
     return parse(path.read_text())
 
 
 def write(path: Path, lines: Iterable[Line]) -> None:
-    """Replaces a file by these lines at once: a crash leaves the old file or the new one."""
+    """Replaces the content of a file by these records, atomically: after a crash the file is the old one or the new
+    one.
+    """
     new = path.with_suffix(".tmp")
     new.write_text("".join(map(text, lines)))
     new.replace(path)
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
-    """Adds lines at the end of a file, which need not exist."""
+    """Appends records to a file, which is created if it does not exist."""
     with path.open("a") as file:
         file.write("".join(map(text, lines)))
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
-    """Returns `value` in the types of JSON: arrays as lists, paths as text, null for a number that is not finite.
+    """Converts a value to JSON types: arrays become lists, paths become text, numbers that are not finite become null.
 
     Args:
         value: numbers, text, paths, arrays of NumPy or JAX, and mappings and sequences of these.

@@ -1,4 +1,6 @@
-"""Old names of commands: `python -m experiments.repro_wu2018_figure1` prints the new one and ends with status 2."""
+"""Redirects old names of commands: `python -m experiments.repro_wu2018_figure1` prints the new name and
+exits with 2.
+"""
 
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -34,28 +36,30 @@ GONE = {
 
 
 def message(name: str) -> str:
-    """Returns what a user of the old command reads."""
+    """Returns the text that a user of an old command name sees: the new name, or where the findings are."""
     if name in GONE:
         return f"experiments.{name} is gone: {GONE[name]}"
     return f"experiments.{name} is experiments.{MOVED[name]} now"
 
 
 class Moved(MetaPathFinder, InspectLoader):
-    """Finds the old names, after every other finder. `python -m` prints their message, and an import raises it."""
+    """Finds modules by their old names, after every other finder: `python -m` prints the new name, an
+    import raises it.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Returns the spec of an old name, which has no file; None for any other name."""
+        """Returns a spec for an old name, and None for any other name."""
         name = fullname.removeprefix("experiments.")
         return ModuleSpec(fullname, self) if name in MOVED or name in GONE else None
 
     def get_code(self, fullname: str) -> CodeType:
-        """Returns what `python -m` runs."""
+        """Returns the code that `python -m` runs: it prints the message to standard error and exits with status 2."""
         text = message(fullname.removeprefix("experiments."))
         return compile(f"import sys; print({text!r}, file=sys.stderr); sys.exit(2)", fullname, "exec")
 
     def exec_module(self, module: ModuleType) -> None:
-        """Refuses an import."""
+        """Raises ModuleNotFoundError with the message: an old name cannot be imported."""
         raise ModuleNotFoundError(message(module.__name__.removeprefix("experiments.")), name=module.__name__)
 
     def get_source(self, fullname: str) -> None:
-        """Returns None: there is no file."""
+        """Returns None, because an old name has no source file."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _collectives
-from bnjax.functional._axes import Layout, statistics_dtype
+from bnjax.functional._axes import Layout, statistics_dtype, takes_part
 
 # The guard acts where |mean|² > 16·var. The sums are right to a few units of 6e-8, so var is right to 16 times that.
 GUARD = 16.0
@@ -65,7 +65,7 @@ def averages(
         first, second = _collectives.pool_together(sums, group)
         n = float(max(count, 1))  # a float: more rows than an int32 counts are divided right
         return first / n, second / n, float(count)
-    known = jnp.where(weights > 0, c, 0)  # NaN at weight 0 takes no part
+    known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 takes no part
     weighted = known if weights.dtype == bool else weights * known
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
     sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows), _weight_sum(c, weights, layout)]
@@ -88,10 +88,9 @@ def _weight_sum(c: jax.Array, weights: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _as_count(W: jax.Array) -> jax.Array:
-    """Returns W, or NaN where products with weights of that size would over- or underflow."""
+    """Returns W, or NaN where the sum of the weights over- or underflows."""
     kind = jnp.finfo(W.dtype)
-    most = float(kind.max) ** 0.5
-    return jnp.where((W == 0) | ((kind.tiny / kind.eps < W) & (most > W)), W, jnp.nan)
+    return jnp.where((W == 0) | ((kind.tiny / kind.eps < W) & (kind.max >= W)), W, jnp.nan)
 
 
 def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor: float) -> Measured:
@@ -111,9 +110,10 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     one = lax.full_like(var, 1)
     if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
         return Measured(e, jnp.zeros_like(e), jnp.zeros_like(var), one, count)
-    far = ~(squared(e) <= GUARD * (var + floor))  # true for NaN and Inf too
+    fits = var <= kind.max  # false for NaN too
+    far = ~((squared(e) <= GUARD * (var + floor)) & fits)
     K = jnp.where(far, _rounded(e), 0)
-    unit = jnp.where(var <= kind.max, one, _shrinking(kind, weights, count))
+    unit = jnp.where(fits, one, _shrinking(kind, weights, count))
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
         # The barrier keeps XLA:GPU from making a select of this conditional, which would always run both branches, and

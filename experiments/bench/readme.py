@@ -1,6 +1,6 @@
-"""The tables of accuracy and speed in the READMEs, here and of the project, made of the committed results.
+"""Writes the tables of accuracy and speed in README.md and experiments/bench/README.md from the committed results.
 
-Command:  python -m experiments.bench.readme             # writes them; --check says whether they are up to date
+Command:  python -m experiments.bench.readme             # writes them; --check tells if they are up to date
 """
 
 import sys
@@ -19,7 +19,7 @@ LARGE = 2_000_000  # elements: 8 MB in float32
 
 
 def compiled() -> str:
-    """Traffic and collectives of a layer, and of a training step of ResNet-50, per target."""
+    """Makes a table of traffic and collectives per target, of a layer and of a training step of ResNet-50."""
     norms = ("bnjax", "flax.linen", "flax.linen, accurate")
     found = {(row["program"], row["target"], row["norm"]): row for row in jsonl.read(RESULTS / "aot.jsonl")}
 
@@ -53,7 +53,7 @@ Times = dict[tuple[str, str, str, str], float]  # by shape, dtype, mode and peer
 
 
 def layers() -> str:
-    """How many times as long as bnjax the others take: median over the large shapes, and the range."""
+    """Makes a table of the other libraries' times in multiples of bnjax's: median over large shapes, and range."""
     rows = [row for row in report.read("layers") if np.prod(row["size"]) >= LARGE]
     times: Times = {(r["shape"], r["dtype"], r["mode"], r["peer"]): r["milliseconds"] for r in rows}
     dtypes = ("float32", "bfloat16")
@@ -74,13 +74,15 @@ def layers() -> str:
 
 
 def _times(times: Times, one: tuple[str, str, str], other: tuple[str, str, str]) -> str:
-    """Times of one by those of the other (dtype, mode, peer), over the shapes; empty where one has none."""
+    """Formats the median and range over shapes of one (dtype, mode, peer)'s time divided by another's; empty if not
+    measured.
+    """
     ratios = [times[shape, *one] / times[shape, *other] for shape, *key in times if tuple(key) == one]
     return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def accuracy() -> str:
-    """Errors of y in the first step in float32, by how far from zero the data is."""
+    """Makes a table of errors of y in the first step in float32, by mean/std of the data."""
     norms = ("bnjax", "flax.linen", "flax.linen, accurate", "torch")
     rows = [row for row in report.read("accuracy") if (row["dtype"], row["step"]) == ("float32", "first")]
     found = {(row["peer"], row["ratio"]): row["y"] for row in rows}
@@ -90,7 +92,7 @@ def accuracy() -> str:
 
 
 def scaling() -> str:
-    """How a layer's time grows, and what pooling the statistics costs."""
+    """Makes the tables of how a layer's time grows, and of what pooling the statistics costs."""
     return fits.tables(jsonl.read(RESULTS / "scaling.jsonl"))
 
 
@@ -103,7 +105,7 @@ PAGES = {
 
 
 def updated(text: str, tables: Tables = TABLES) -> str:
-    """`text` with each table between its markers made anew."""
+    """Returns `text` with each table between its markers made anew."""
     for name, table in tables.items():
         begin, end = f"<!-- bench:{name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(begin)
@@ -117,7 +119,7 @@ def main(check: bool = False) -> None:
     """Writes the tables of both pages.
 
     Args:
-        check: write nothing, and end with status 1 where a page is out of date.
+        check: write nothing, and exit with status 1 if a page is out of date.
     """
     for file, tables in PAGES.items():
         text = file.read_text()

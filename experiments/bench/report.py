@@ -1,4 +1,4 @@
-"""What benchmarks share beside the clock: where results lie, the versions behind them, rows, tables and pages."""
+"""Shared by the benchmarks: where results lie, the versions they were made with, rows, tables and pages."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the libraries that are installed, and the machine."""
+    """Returns the versions of the installed libraries, and the machine."""
     found = {}
     for name in PACKAGES:
         try:
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def shown(rows: Iterable[Row], show: Callable[[Row], str]) -> list[Row]:
-    """Prints each row as it comes, and returns all of them."""
+    """Prints each row as soon as it is measured, and returns all of them."""
     kept = []
     for row in rows:
         print(show(row), flush=True)
@@ -36,26 +36,26 @@ def shown(rows: Iterable[Row], show: Callable[[Row], str]) -> list[Row]:
 
 
 def timed(row: Row, *names: str) -> str:
-    """Returns a line for the terminal: what these keys of the row say, its time, and how it compares to the floor."""
+    """Returns a line for the terminal: the row's values of `names`, its time, and its ratio to the floor."""
     what = " ".join(f"{row[name]!s:26s}" for name in names)
     return f"{what} {row['milliseconds']:9.3f} ms ± {row['spread']:4.0%}  {row['over_floor']:6.2f} of the floor"
 
 
 def table(head: Collection[Any], lines: Iterable[Sequence[Any]]) -> str:
-    """Returns a table in Markdown, without a newline at the end."""
+    """Returns a Markdown table, without a newline at the end."""
     first, *rest = ("| " + " | ".join(map(str, cells)) + " |" for cells in (head, *lines))
     return "\n".join((first, "|---" * len(head) + "|", *rest))
 
 
 def keep(rows: Sequence[Row], out: Path, command: str, heading: str, text: str) -> None:
-    """Writes NAME.jsonl, which begins with the versions, and the page NAME.md, which names them too.
+    """Writes NAME.jsonl, whose first line holds the versions, and the page NAME.md, which names them too.
 
     Args:
-        rows: the lines behind that of the versions.
-        out: folder of both files.
-        command: the benchmark below experiments.bench; NAME is its last part.
-        heading: of the page.
-        text: the page below the sentence that says how it was made.
+        rows: the records to write after the one with the versions.
+        out: the folder of both files.
+        command: the benchmark's module name after `experiments.bench.`; NAME is its last part.
+        heading: heading of the page.
+        text: text of the page after the sentence that says how it was made.
     """
     out.mkdir(parents=True, exist_ok=True)
     name, about = command.rpartition(".")[2], versions()
@@ -66,5 +66,5 @@ def keep(rows: Sequence[Row], out: Path, command: str, heading: str, text: str) 
 
 
 def read(name: str) -> list[Row]:
-    """Returns the committed rows of a benchmark, without the line of the versions in front of them."""
+    """Returns the committed rows of a benchmark, without the first line that holds the versions."""
     return jsonl.read(RESULTS / f"{name}.jsonl")[1:]

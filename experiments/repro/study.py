@@ -1,8 +1,8 @@
-"""What every reproduction shares: trials of each setting with several seeds, JSON lines, a table, a picture.
+"""Runs the trials of a reproduction with several seeds, and writes JSON lines, a table and a picture.
 
-A reproduction is a module `experiments.repro_<paper>_<figure>` with a `Study`: its settings, a `trial` that yields the
-lines of one setting and seed, and a `table` and a `draw` that read those lines alone. A trial's lines are written when
-it is over, so that a study which was stopped goes on with the trials that are missing.
+A reproduction is a module `experiments.repro.<paper>` with a `Study`: its settings, a `trial` that yields the lines of
+one setting and seed, and a `table` and a `draw` that read only those lines. The lines of a trial are written when it is
+complete, so that a study which was stopped continues with the missing trials.
 """
 
 import dataclasses
@@ -48,41 +48,41 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How much is run, and where it goes."""
+    """Options of a study: how much is run, and where the results go."""
 
     seeds: int = 3
-    """Trials of each setting."""
+    """Trials of each setting, with the seeds 0, 1, ..."""
     smoke: bool = False
-    """Seconds: a few steps of each setting with one seed, into a folder `smoke`."""
+    """Run for seconds only: a few steps of each setting with one seed, into a folder `smoke`."""
     full: bool = False
-    """The size of the paper, for larger machines, into a folder `full`."""
+    """Run at the size of the paper, for larger machines, into a folder `full`."""
     out: Path = RESULTS
     """Folder of the .jsonl, .md and .png."""
     data_dir: Path = Files.data_dir
     """Folder of the Fashion-MNIST files, for the studies that use them."""
 
     def pick(self, usual: Any, smoke: Any, full: Any = None) -> Any:
-        """One of three sizes."""
+        """Returns one of three sizes: `smoke` with --smoke, `full` (if given) with --full, else `usual`."""
         if self.smoke:
             return smoke
         return full if self.full and full is not None else usual
 
 
 class Study(NamedTuple):
-    """A claim, and how it is looked at."""
+    """A reproduction of one claim: its settings, its trial, and how the results are tabulated and drawn."""
 
     name: str  # of the module, without the package
     settings: Sequence[str]
     trial: Callable[[str, int, Config], Iterator[Line]]  # (setting, seed, config) -> lines
     table: Callable[[list[Line]], str]  # Markdown
     draw: Callable[[list[Line], Figure], None]
-    devices: int = 1  # that are simulated
+    devices: int = 1  # number of simulated devices
     size: tuple[float, float] = (10, 4)  # of the picture
 
 
-def run(study: Study, doc: str | None) -> None:
-    """The command line of a study."""
-    config = tyro.cli(Config, description=doc)
+def run(study: Study, doc: str | None, results: Path = RESULTS) -> None:
+    """Runs the command line of a study, whose results lie in the folder `results` by default."""
+    config = tyro.cli(Config, description=doc, default=Config(out=results))
     start(Hardware(devices=study.devices))
     try:
         with _compiled_once():
@@ -94,7 +94,7 @@ def run(study: Study, doc: str | None) -> None:
 
 @contextmanager
 def _compiled_once() -> Iterator[None]:
-    """The seeds of a setting share what XLA compiled, which for small networks takes longer than their training."""
+    """Shares compiled programs between the seeds of a setting: small networks compile longer than they train."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     with TemporaryDirectory() as folder:
@@ -109,7 +109,8 @@ def _compiled_once() -> Iterator[None]:
 
 
 def _run(study: Study, config: Config) -> None:
-    if config.smoke:  # the time of a few steps is that of compiling them
+    """Runs the missing trials of a study, and writes its lines, table and picture."""
+    if config.smoke:  # a few steps take less time than optimizing their programs
         jax.config.update("jax_disable_most_optimizations", True)
     folder = config.out / ("smoke" if config.smoke else "full" if config.full else "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,13 +132,13 @@ def _run(study: Study, config: Config) -> None:
 
 
 def _took(lines: list[Line]) -> str:
-    """Of all trials, whenever they ran. The seconds of the processor do not depend on what else ran beside them."""
+    """Returns a line with the wall and CPU time of all trials. CPU time does not depend on what else was running."""
     wall, cpu = (sum(line.get(name, 0) for line in lines) for name in ("seconds", "cpu_seconds"))
     return f"{wall:.0f} s on {jax.devices()[0].device_kind}, {cpu:.0f} s of its cores together"
 
 
 def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, int]]:
-    """The trials that the file does not hold yet, with a bar that counts them; it keeps no line of a torn one."""
+    """Yields the trials that are not in the file, with a progress bar; removes the lines of incomplete trials."""
     seeds = 1 if config.smoke else config.seeds
     lines = jsonl.read(file) if file.exists() else []
     done = {(line["setting"], line["seed"]) for line in lines if line["kind"] == "trial"}
@@ -145,12 +146,12 @@ def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, in
     trials = [(setting, seed) for seed in range(seeds) for setting in study.settings]
     missing = [trial for trial in trials if trial not in done]
     if not missing:
-        print(f"{file} holds all {len(trials)} trials: drawn from these. --out FOLDER runs them anew", file=sys.stderr)
+        print(f"{file} holds all {len(trials)} trials: drawing these. --out FOLDER runs them again", file=sys.stderr)
     yield from tqdm(missing, desc=study.name, unit="trial", file=sys.stderr)
 
 
 def pictures(config: Config) -> Splits:
-    """Fashion-MNIST; for a smoke run the embedded digits, which need no files."""
+    """Loads Fashion-MNIST; a smoke run gets the embedded digits, which need no files."""
     return load("mnist-5k" if config.smoke else "fashion-mnist", config.data_dir)
 
 
@@ -166,8 +167,8 @@ def train(
     max_shift: int = 0,
     **options: Any,
 ) -> Iterator[tuple[TrainState, Line]]:
-    """Trains on labelled images and, each so many steps, gives the state and a line; `options` are those of `fit`."""
-    epochs = -(-steps // (len(data.train.labels) // batch_size))  # whose remainders are left out
+    """Trains on labelled images, and yields the state and a line every `every` steps; `options` are those of `fit`."""
+    epochs = -(-steps // (len(data.train.labels) // batch_size))  # an epoch drops the records that fill no batch
     batches = training_batches(data.train, batch_size, epochs, seed=seed, max_shift=max_shift)
     tests = partial(evaluation_batches, data.test, 1_000)  # a multiple of 8 devices
     return fit(model, optimizer, batches, tests, steps=steps, every=every, seed=seed, **options)
@@ -186,23 +187,23 @@ def fit(
     partition: Partition = "jit",
     **inputs: Any,
 ) -> Iterator[tuple[TrainState, Line]]:
-    """Trains and, each so many steps, gives the state and a line.
+    """Trains, and yields the state and a line every `every` steps and after the last step.
 
     Args:
-        model: called as `model(*inputs(batch), train=...)`; it gives logits.
+        model: called as `model(*inputs(batch), train=...)`; returns logits.
         optimizer: any Optax transformation.
-        batches: of the training, `{"label", "weight", ...}`.
-        tests: begins the test batches anew.
-        steps: how many.
-        every: so many steps there is a line.
-        seed: of the weights.
-        devices: over which each batch is split.
-        partition: how, as in `experiments.train.loop`.
-        **inputs: `inputs`, from a batch to what the model is called with, and an `example` of that; by default images.
+        batches: training batches `{"label", "weight", ...}`.
+        tests: called before each evaluation; returns an iterator over the test batches.
+        steps: number of training steps.
+        every: steps between two lines.
+        seed: seed of the initial weights.
+        devices: number of devices over which each batch is split.
+        partition: "jit" or "shard_map", as in `experiments.train.loop`.
+        **inputs: `inputs` returns the model's arguments for a batch, `example` holds such arguments; default: images.
 
     Returns:
         An iterator over `(TrainState, line)`; a line has the step, the mean `loss` and `train_accuracy` of the training
-        batches since the line before, and `test_loss` and `accuracy` on the test batches.
+        batches since the previous line, and `test_loss` and `accuracy` on the test batches.
     """
     mesh = data_mesh(devices)
     example = {"example": inputs.pop("example")} if "example" in inputs else {}
@@ -218,14 +219,14 @@ def fit(
 
 
 def scorer(model: nn.Module, inputs: Inputs = images) -> Callable[[TrainState, Labelled], Line]:
-    """`score(state, data) -> {"loss", "accuracy"}` in evaluation mode, compiled once."""
+    """Returns `score(state, data) -> {"loss", "accuracy"}` in evaluation mode, compiled once."""
     mesh = data_mesh(1)
     step = make_eval_step(model, mesh, inputs)
     return lambda state, data: evaluate(step, state, evaluation_batches(data, 500), mesh)
 
 
 def curves(lines: list[Line], setting: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """x `[T]`, and y of every seed `[seeds, T]`, of the lines of a setting that have both."""
+    """Returns x `[T]`, and y of every seed `[seeds, T]`, from the lines of a setting that have both."""
     here = [line for line in lines if line["setting"] == setting and y in line]
     seeds = sorted({line["seed"] for line in here})
     each = [[(line[x], line[y]) for line in here if line["seed"] == seed] for seed in seeds]
@@ -233,7 +234,7 @@ def curves(lines: list[Line], setting: str, x: str, y: str) -> tuple[np.ndarray,
 
 
 def steps_to(steps: np.ndarray, accuracy: np.ndarray, level: float) -> str:
-    """The mean number of steps after which an accuracy `[seeds, T]` is reached for the first time."""
+    """Returns the mean number of steps after which an accuracy `[seeds, T]` first reaches `level`, as text."""
     reached = accuracy >= level
     if not reached.any(1).all():
         return "not reached"
@@ -241,11 +242,11 @@ def steps_to(steps: np.ndarray, accuracy: np.ndarray, level: float) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Formats mean ± standard deviation over seeds."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
 def band(axes: Any, x: np.ndarray, y: np.ndarray, label: str, **style: Any) -> None:
-    """The mean over seeds, and where they all lie."""
+    """Draws the mean over seeds as a line, and their range as a band."""
     (line,) = axes.plot(x, y.mean(0), label=label, **style)
     axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)

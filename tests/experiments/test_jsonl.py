@@ -1,4 +1,4 @@
-"""JSON lines: what is written is read again, as far as JSON has it, and what a crash leaves is no line."""
+"""Tests JSON lines: what is written can be read again, and a line that a crash cut short is ignored."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Old commands say what they are called now, and do nothing else."""
+"""Tests that old commands print their new name and do nothing else."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Batches of NaN and Inf cost a training nothing but themselves; half precision trains by a loss that scales itself."""
+"""Tests that batches with NaN and Inf change nothing in a training, and that float16 trains with loss scaling."""
 
 import re
 from collections.abc import Iterator
@@ -37,13 +37,13 @@ BAD = {"NaN": np.nan, "Inf": np.inf, "-Inf": -np.inf}
 
 
 def as_floats(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same pixels, in a type that can hold what is not finite."""
+    """Converts the pixels to floats, so that they can hold NaN and Inf."""
     for batch in batches:
         yield {**batch, "image": batch["image"].astype(np.float32)}
 
 
 def poisoned(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
-    """In one batch of `every`, whole images, single pixels or a whole batch are NaN or Inf in turn."""
+    """Puts NaN or Inf into one batch of every `every`: into whole images, single pixels or the whole batch, in turn."""
     rng = np.random.default_rng(0)
     for number, batch in enumerate(as_floats(batches)):
         if number % every == every // 2:
@@ -55,7 +55,7 @@ def poisoned(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
 
 
 def state_and_step(partition: str, devices: int, precision: str = "float32", steps: int = STEPS):
-    """The parts of `experiments.train`, on this many devices."""
+    """Builds state and training step of `experiments.train` on this many devices."""
     training, mesh = Training(precision=precision), data_mesh(devices)
     model = build_model(training, partition)
     optimizer = nonfinite.skip_nonfinite(adamw(warmup_cosine(training.lr, steps, training.warmup), 0.05))
@@ -65,7 +65,7 @@ def state_and_step(partition: str, devices: int, precision: str = "float32", ste
 
 
 def trained(batches: Iterator[Batch], precision: str = "float32") -> tuple[float, list[Metrics]]:
-    """The accuracy on the test images after a training on these batches, and the metrics of its steps."""
+    """Trains on these batches; returns the accuracy on the test images, and the metrics of the steps."""
     state, step, eval_step, mesh = state_and_step("jit", 1, precision)
     ((state, rows),) = chunks(step, state, batches, mesh, [STEPS])
     test = evaluation_batches(embedded_digits().test, 250)
@@ -78,7 +78,7 @@ def digits() -> Iterator[Batch]:
 
 @pytest.fixture(scope="module")
 def clean() -> float:
-    """The accuracy of the training that no bad batch disturbs."""
+    """Returns the accuracy of a training without bad batches."""
     return trained(as_floats(digits()))[0]
 
 

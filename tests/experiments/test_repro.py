@@ -1,4 +1,4 @@
-"""The reproductions: each runs in small, goes on where it stopped, and draws and tabulates from its lines alone."""
+"""Tests the reproductions: each runs in small, continues where it stopped, and draws from its lines alone."""
 
 import importlib
 import json
@@ -23,7 +23,9 @@ STUDIES = sorted(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke(name, tmp_path):
-    """As a program, into a picture and a table; and a second time from its lines alone."""
+    """Checks that a reproduction writes a picture and a table, and that a second run draws them from the
+    lines alone.
+    """
     out = finish(start("--smoke", "--out", tmp_path, module=name))
     study = importlib.import_module(name).STUDY
     file = tmp_path / "smoke" / f"{study.name}.jsonl"
@@ -35,7 +37,9 @@ def test_smoke(name, tmp_path):
 
 @pytest.mark.slow
 def test_resnet20(tmp_path):
-    """Has the options of `experiments.train`: micro-batches and mixed precision among them."""
+    """Checks that the reproduction takes the options of `experiments.train`, such as micro-batches and
+    mixed precision.
+    """
     options = ("--smoke", "--accumulate", 2, "--precision", "bfloat16", "--stop-after", 4, "--out", tmp_path)
     assert "stopped after 4 of 31 steps" in finish(start(*options, module="experiments.repro.he2016"))
     config = jsonl.read(tmp_path / "metrics.jsonl")[0]["config"]["training"]
@@ -51,7 +55,7 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
 
     study = repro.Study("study", ("a", "b"), trial, lambda lines: f"{len(lines)} lines", lambda lines, figure: None)
     monkeypatch.setattr("sys.argv", ["study", "--seeds", "2", "--out", str(tmp_path)])
-    monkeypatch.setattr(repro, "start", lambda hardware: None)  # the devices of this process are those of all tests
+    monkeypatch.setattr(repro, "start", lambda hardware: None)  # this process has a fixed number of devices
     repro.run(study, None)
     file = tmp_path / "study.jsonl"
     whole = file.read_text()

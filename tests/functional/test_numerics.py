@@ -1,4 +1,4 @@
-"""Accuracy where float32 is hard: far from zero, from the first batch on; huge, tiny and constant channels; counts."""
+"""Tests accuracy where float32 is hard: far from zero; huge, tiny and constant channels; large counts."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_far_from_zero(dtype, ratio, jitted):
     dx, (y, moments) = (jax.jit(step) if jitted else step)(x)
     tol = tolerance(Case("", SHAPE))
     assert_close(moments.mean, want.statistics.mean, unit("float32") * 4, ratio + 1, "mean")
-    # e² ≤ 16·var when the guard is quiet: the variance is right to 17 times what a sum is.
+    # Without the guard e² ≤ 16·var, so the error of the variance is at most 17 times that of a sum.
     assert_close(moments.var, want.statistics.var, 17 * tol, want.statistics.var + 1e-8, "var")
     assert_close(y, want.y, 17 * tol, what="y")
     assert_close(dx, want.dx, 17 * tol + unit(dtype) * (dtype != "float32"), what="dx")
@@ -77,7 +77,9 @@ def test_a_constant_channel_gives_the_bias(dtype, value):
     [(s, m) for s in (1e18, 1e20, 1e25, 1e30) for m in (0.0, 2.0, 30.0)] + [(1e36, 0.0), (1e36, 2.0)],
 )
 def test_squares_that_overflow(scale, offset):
-    """Output standardised, gradient finite; the variance itself does not exist in float32, so nothing is remembered."""
+    """Checks that y is standardised and the gradient finite; the variance overflows, so the running averages stay
+    unchanged.
+    """
     rng = np.random.default_rng(0)
     x = ((rng.normal(size=(64, 4)) + offset) * scale).astype(np.float32)
     want = _reference(x, np.ones(x.shape))
@@ -126,7 +128,7 @@ def test_float16_sums_over_65504():
 
 
 def test_counts_over_two_to_the_24():
-    rows = 2**24 + 4096  # one more than float32 counts to one by one
+    rows = 2**24 + 4096  # adding ones in float32 stops at 2²⁴
     x = jnp.asarray(np.random.default_rng(0).integers(0, 8, (rows, 1)), jnp.bfloat16)
     want = np.asarray(x, np.float64)
     for moments in (bnjax.batch_moments(x), bnjax.batch_moments(x, mask=jnp.ones((rows, 1), bool))):

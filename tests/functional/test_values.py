@@ -1,4 +1,4 @@
-"""Values and gradients of the functional core against the float64 oracle, over the whole table of cases."""
+"""Tests values and gradients of the functional core against the float64 oracle, over the whole table of cases."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_batch_norm_gradient(case):
 
     dx, dscale, dbias = jax.jit(jax.grad(loss, (0, 1, 2)))(jnp.asarray(x), scale, bias)
     assert dx.dtype == x.dtype
-    # Every sum is over terms as large as |dy·xhat|, so the error is relative to their total, not to what is left of it.
+    # Every sum has terms as large as |dy·xhat|, so its error is relative to Σ|terms|, not to the sum itself.
     terms = np.abs(dy).sum() / max(1, np.prod(case.feature_shape)) * (1 + np.max(np.abs(want.y)))
     rounding = unit(case.dtype) if case.dtype != "float32" else 0
     # For a single row dx is 0, the difference of terms of this size; elsewhere it is about as large as they are.
@@ -57,7 +57,7 @@ def test_batch_moments_agree_with_batch_norm(case):
 
 
 def test_nobody():
-    """With no weight anywhere: statistics untouched, output and gradients finite."""
+    """Checks a batch without any weight: statistics unchanged, output and gradients finite."""
     x = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]])
     mask = jnp.zeros((2, 1))
     y, moments = bnjax.batch_norm(x, mask=mask)

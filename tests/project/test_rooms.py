@@ -1,4 +1,4 @@
-"""Folders: few files in each, names that need no prefix, and programs that know only what stands below them."""
+"""Tests the folders: few files in each, no file names with a prefix, and imports only from the folders below."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 from tests.support.programs import ROOT
 
 MOST = 15  # files of a folder
-KEPT = {"results", "fixtures"}  # what programs wrote, by as many as there are
+KEPT = {"results", "fixtures"}  # folders of recorded results, of any size
 SHARED = {"errors", "jsonl"}
 BELOW = {  # what each folder of experiments/ may import of the others
     "data": set(),
@@ -20,7 +20,7 @@ BELOW = {  # what each folder of experiments/ may import of the others
 
 
 def _files(*tops):
-    """Of these folders, without what Python and the tests leave there."""
+    """Returns the files in these folders, without caches and hidden files."""
     found = [path for top in tops for path in (ROOT / top).rglob("*") if path.is_file()]
     return [path for path in found if "__pycache__" not in path.parts and not path.name.startswith(".")]
 
@@ -59,6 +59,6 @@ def test_experiments_import_what_is_below_them(folder):
 
 
 def test_no_order_of_imports_matters():
-    """Ruff sorts all of them."""
+    """Checks that no file turns off the sorting of imports."""
     for path in [path for path in _files("bnjax", "experiments", "tests", "docs", ".ci") if path.suffix == ".py"]:
         assert not re.search(r"#\s*isort:", path.read_text()), path.relative_to(ROOT)

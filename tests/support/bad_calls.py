@@ -1,6 +1,6 @@
-"""The rest of the table of bad_inputs.py: arguments that functions have and layers have not.
+"""Lists bad calls of functions, for arguments that layers do not have; bad_inputs.py has those of layers.
 
-Each row: a call, given x of shape (4, 5, 3); the error that must come of it, and a pattern of its message.
+Each row: a call that is given x of shape (4, 5, 3); the error that it must raise, and a pattern of the message.
 """
 
 import jax
@@ -18,7 +18,7 @@ bn, update = bnjax.batch_norm, bnjax.update_running
 
 
 def traced(function, value):
-    """function(value), with the value traced."""
+    """Calls the function under jit, so that the value is traced."""
     return jax.jit(function)(value)
 
 

@@ -1,4 +1,4 @@
-"""One layer on the CPU, by the clock: every library's batch normalization beside a floor of plain passes over memory.
+"""Times one layer on the CPU: every library's batch normalization, and a floor of plain passes over memory.
 
 Claim:    Training at 8 MB and more, the inexact layers of other JAX libraries take 1.4 times as long in float32 and
           3 to 12 times in bfloat16 (medians); padded batches take 1.2 times as long as whole ones.
@@ -6,8 +6,9 @@ Command:  python -m experiments.bench.clock.layers       # --quick takes less th
 Hardware: 2 CPU cores, nothing else running
 Time:     9 min
 
-Shapes of ResNet-50 at batch 32, of MobileNet, of a Transformer's rows, and small ones. All JAX libraries and the floor
-run in one process, in turns; PyTorch in a phase of its own, each of its numbers beside a floor timed in that phase.
+The shapes are those of ResNet-50 at batch 32, of MobileNet, of a Transformer's rows, and small ones. All JAX libraries
+and the floor run in one process, interleaved; PyTorch runs in a separate phase, and each of its times is divided by a
+floor measured in that phase.
 """
 
 import dataclasses
@@ -43,28 +44,28 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where it goes."""
+    """Options of the benchmark: what is measured, and where the results go."""
 
     out: Path = report.RESULTS
     """Folder of layers.jsonl, layers.md and layers.png."""
     quick: bool = False
-    """Two shapes in float32, training and evaluation; nothing is written."""
+    """Measure two shapes in float32, in training and evaluation, and write nothing."""
     rounds: int = 15
-    """Rounds of each comparison, at most."""
+    """Largest number of rounds of each comparison."""
     seconds: float = 3.0
-    """After the first five rounds a comparison ends with this."""
+    """After the first five rounds, a comparison ends when this time is over."""
     shapes: tuple[str, ...] = ()
-    """Only these."""
+    """Measure only these shapes, and write nothing."""
 
 
 def measure(config: Config) -> Iterator[dict[str, Any]]:
-    """A row for each library, shape, dtype and mode; those of PyTorch at the end."""
+    """Yields a row for each library, shape, dtype and mode; PyTorch's rows come last."""
     names = config.shapes or (QUICK if config.quick else tuple(SHAPES))
     dtypes = ("float32",) if config.quick else tuple(DTYPES)
     cases = [(n, d, m) for n in names for d in dtypes for m in (peers.MODES[1::2] if config.quick else peers.MODES)]
     absent = set(peers.left_out())
     for name in sorted(absent):
-        print(f"{name} is not installed: left out")
+        print(f"{name} is not installed: it is not measured")
     present = [name for name in peers.JAX_PEERS if name not in absent]
     for case in cases:
         yield from _compare(config, case, dict.fromkeys(_able(present, case), peers.jax_run))
@@ -74,11 +75,12 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _able(names: Sequence[str], case: tuple[str, str, str]) -> list[str]:
-    """Those whose layer takes a mask, where there is one."""
+    """Returns the libraries that can run a case: with a mask, only those whose layer takes one."""
     return [name for name in names if "masked" not in case[2] or name not in peers.WITHOUT_MASK]
 
 
 def _compare(config: Config, case: tuple[str, str, str], makers: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Times one case in the given libraries, interleaved with the floor, and yields their rows."""
     if not makers:
         return
     name, dtype, mode = case
@@ -95,6 +97,7 @@ def _compare(config: Config, case: tuple[str, str, str], makers: dict[str, Any])
 def _row(
     case: tuple[str, str, str], shape: Sequence[int], peer: str, seconds: Seconds, floor: Seconds
 ) -> dict[str, Any]:
+    """Returns the row of one library's time."""
     name, dtype, mode = case
     return {
         "shape": name,
@@ -110,7 +113,9 @@ def _row(
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table for each mode and dtype, in times of the floor; at its end bnjax in times of the best other."""
+    """Makes Markdown tables for each mode and dtype, in multiples of the floor; the last column is bnjax over the best
+    other.
+    """
     names = list(dict.fromkeys(row["peer"] for row in rows))
     text = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -123,6 +128,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def _cells(rows: list[dict[str, Any]], shape: str, names: list[str]) -> list[str]:
+    """Returns the cells of one shape's line in the table."""
     found = {row["peer"]: row for row in rows if row["shape"] == shape}
     first = next(iter(found.values()))
     megabytes = np.prod(first["size"]) * DTYPES[first["dtype"]](0).nbytes / 1e6
@@ -134,7 +140,9 @@ def _cells(rows: list[dict[str, Any]], shape: str, names: list[str]) -> list[str
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Training in float32 and bfloat16: times of the floor by the size of the activation."""
+    """Draws the time of a training step in float32 and bfloat16, in multiples of the floor, by size of the
+    activation.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -152,7 +160,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(config: Config) -> None:
-    """Measures, prints, and keeps rows, page and picture unless only a part was asked for."""
+    """Measures and prints; writes rows, page and picture if everything was measured."""
     rows = report.shown(measure(config), lambda row: report.timed(row, "mode", "dtype", "shape", "peer"))
     print("\n" + summary(rows))
     if config.quick or config.shapes:

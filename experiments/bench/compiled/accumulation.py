@@ -1,4 +1,4 @@
-"""Memory and work of the full batch's gradient: at once, or in micro-batches that share statistics.
+"""Compares memory and work of the full batch's gradient: computed at once, or in micro-batches that share statistics.
 
 Claim:    Micro-batches over a mapped axis with rematerialised blocks give the gradient of the full batch in two
           thirds of the memory, for one more forward pass (compiled for TPU v5e, not run).
@@ -23,6 +23,8 @@ BATCH, SIZE, CHANNELS, BLOCKS, MICRO = 1024, 32, 128, 8, 8
 
 
 class Block(nn.Module):
+    """Conv 3×3 → BN → ReLU; under `axis_name`, statistics are pooled over the mapped axis."""
+
     axis_name: str | None = None
 
     @nn.compact
@@ -32,6 +34,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
+    """`BLOCKS` blocks, optionally rematerialized in the backward pass, and a mean over positions."""
+
     remat: bool = False
     axis_name: str | None = None
 
@@ -44,7 +48,7 @@ class Net(nn.Module):
 
 
 def loss_of(remat: bool, micro: bool) -> Callable[[Any, jax.Array], jax.Array]:
-    """Σ y² of the batch, normalised by the statistics of all of it."""
+    """Returns a loss Σ y² over the batch, normalized by the statistics of all of it."""
     net = Net(remat, "micro" if micro else None)
 
     def loss(variables: Any, x: jax.Array) -> jax.Array:
@@ -57,6 +61,7 @@ def loss_of(remat: bool, micro: bool) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 def main() -> None:
+    """Compiles the gradient in four ways, and prints temporary memory and work of each."""
     require(["v5e:2x2"])
     chip = devices_of("v5e:2x2")[0]
     on_chip = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(chip))  # noqa: E731

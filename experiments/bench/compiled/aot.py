@@ -1,4 +1,4 @@
-"""What TPU and GPU compilers make of BN networks: bytes, temporary memory and all-reduces, beside flax.linen's modes.
+"""Compiles BN networks for TPU and GPU, and reports bytes, temporary memory and all-reduces, beside flax.linen.
 
 Claim:    A layer with ReLU moves 7 activations on TPU v5e and H100, flax.linen 7 and 10, its accurate mode 9 and 12.
 Command:  python -m experiments.bench.compiled.aot       # pip install "bnjax[aot]"; --quick takes 15 s
@@ -44,7 +44,7 @@ NORMS = {
 PROGRAMS = {  # network, shape of a chip's input, targets
     "layer": (networks.Layer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
     "layer, masked": (networks.MaskedLayer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
-    # v6e comes last: there libtpu 0.0.42 dies of flax.linen's step, and the process with it.
+    # v6e comes last, because there libtpu 0.0.42 crashes the process when it compiles flax.linen's step.
     "ResNet-50 step": (networks.ResNet50, (256, 224, 224, 3), ("v5e:2x2", "h100", "4xh100", "v6e:2x2")),
 }
 QUICK = (("layer", "v5e:2x2"), ("layer, masked", "v5e:16x16"), ("layer", "h100"), ("layer, masked", "4xh100"))
@@ -53,7 +53,7 @@ Step = Callable[..., Any]
 
 
 def gradient(model: nn.Module) -> Step:
-    """y, its derivatives in all parameters and x, and the running averages."""
+    """Returns a step that computes y, its derivatives in all parameters and x, and the running averages."""
 
     def step(variables: Any, x: jax.Array, dy: jax.Array) -> Any:
         def forward(params: Any, x: jax.Array) -> Any:
@@ -66,7 +66,7 @@ def gradient(model: nn.Module) -> Step:
 
 
 def training(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
-    """A training step: variables and momentum, before and after."""
+    """Returns a training step `(variables, momentum, x, labels) -> (variables, momentum)`."""
 
     def step(variables: Any, momentum: Any, x: jax.Array, labels: jax.Array) -> Any:
         def loss(params: Any) -> Any:
@@ -81,7 +81,7 @@ def training(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
 
 
 def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
-    """The program, and the bytes of the input of one chip."""
+    """Compiles one program for a target; returns it, and the bytes of one chip's input."""
     network, shape, _ = PROGRAMS[program]
     model = network(NORMS[norm])
     devices = devices_of(target)[:1] if target == "h100" else devices_of(target)
@@ -102,7 +102,7 @@ def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
 
 
 def measure(program: str, norm: str, target: str) -> dict[str, Any]:
-    """One row of the results."""
+    """Compiles one program and returns its row of the results."""
     start = time.perf_counter()
     executable, chip = compiled(program, norm, target)
     text = executable.as_text()
@@ -126,13 +126,14 @@ def measure(program: str, norm: str, target: str) -> dict[str, Any]:
 
 
 def rows(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each program, target and norm."""
     for program, target in pairs:
         for norm in NORMS:
             yield measure(program, norm, target)
 
 
 def show(row: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Formats a row as one line for the terminal."""
     reduced = row["all_reduces"]
     payload = f"{len(reduced)} all-reduces of at most {max(reduced)} numbers" if reduced else "no all-reduces"
     return (
@@ -143,20 +144,20 @@ def show(row: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is compiled, and where the rows go."""
+    """Options: what is compiled, and where the rows go."""
 
     quick: bool = False
-    """Single layers; written only where --out says."""
+    """Compile single layers only; rows are written only if --out is given."""
     out: Path | None = None
-    """File of JSON lines, in which rows of the same program are replaced."""
+    """File of JSON lines; a new row replaces an older one of the same program, norm and target."""
     programs: tuple[Literal[*PROGRAMS], ...] = tuple(PROGRAMS)
-    """Only these."""
+    """Programs to compile."""
     targets: tuple[Literal[*TARGETS], ...] = TARGETS
-    """Only these, of those that a program is compiled for."""
+    """Targets to compile for; each program is compiled for some of them only."""
 
 
 def main(config: Config) -> None:
-    """Compiles each program for each of its targets, and keeps the rows as they come."""
+    """Compiles each program for each of its targets, and writes each row as soon as it is known."""
     pairs = [(p, t) for p in config.programs for t in PROGRAMS[p][2] if t in config.targets]
     if config.quick:
         pairs = list(QUICK)
@@ -170,7 +171,7 @@ def main(config: Config) -> None:
 
 
 def keep(found: list[dict[str, Any]], out: Path) -> None:
-    """Puts the rows into the results, in the place of older ones of the same program, norm and target."""
+    """Adds rows to the results; a row replaces an older one of the same program, norm and target."""
     key = lambda row: (row["program"], row["target"], row["norm"])  # noqa: E731
     old = jsonl.read(out) if out.exists() else []
     kept = {key(row): row for row in [*old, *found]}

@@ -29,7 +29,7 @@ from experiments import jsonl
 from experiments.bench.compiled.targets import devices_of, require
 
 SEQUENTIAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-SHAPES = {  # of the activation; for TPU and GPU too large to stay on chip
+SHAPES = {  # of the activation; for TPU and GPU too large for on-chip memory
     "cpu": (16, 28, 28, 64),
     "v5e:2x2": (256, 56, 56, 128),
     "h100": (256, 56, 56, 128),
@@ -43,7 +43,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Blocks(nn.Module):
-    """So many times conv 3×3 → norm → ReLU."""
+    """Repeats conv 3×3 → norm → ReLU `depth` times."""
 
     norm: Callable[..., nn.Module]
     depth: int
@@ -57,7 +57,7 @@ class Blocks(nn.Module):
 
 
 def activations(norm: str, depth: int, *, target: str = "cpu", dtype: Any = jnp.float32) -> float:
-    """Temporary memory of the gradient in all parameters, in sizes of one activation."""
+    """Returns the temporary memory of the gradient in all parameters, in units of one activation."""
     model, shape = Blocks(NORMS[norm], depth), SHAPES[target]
 
     def gradient(variables: Any, x: jax.Array) -> Any:
@@ -78,7 +78,7 @@ def activations(norm: str, depth: int, *, target: str = "cpu", dtype: Any = jnp.
 
 
 def measure(norm: str, target: str, dtype: str) -> dict[str, Any]:
-    """One row: the memory at each depth, and what a block more costs between the first depth and the last."""
+    """Returns one row: the memory at each depth, and the memory per additional block between first and last depth."""
     depths = DEPTHS[target]
     found = [activations(norm, depth, target=target, dtype=jnp.dtype(dtype)) for depth in depths]
     return {
@@ -97,12 +97,12 @@ def measure(norm: str, target: str, dtype: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is compiled."""
+    """Options: what is compiled."""
 
     targets: tuple[Literal["cpu", "v5e:2x2", "h100"], ...] = ("cpu",)
-    """Devices to compile for."""
+    """Targets to compile for."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the activations."""
+    """Dtypes of the activations."""
 
 
 def main(config: Config) -> None:

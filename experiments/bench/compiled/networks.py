@@ -1,4 +1,4 @@
-"""Networks to compare normalisations in, from one layer to ResNet-50: NHWC, and the norm is an argument."""
+"""Defines networks to compare normalizations in, from one layer to ResNet-50; NHWC, with the norm as an argument."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ Norm = Callable[..., nn.Module]  # () -> a module that takes x
 
 
 class Layer(nn.Module):
-    """ReLU(norm(x))."""
+    """Computes ReLU(norm(x))."""
 
     norm: Norm
 
@@ -22,7 +22,7 @@ class Layer(nn.Module):
 
 
 class MaskedLayer(nn.Module):
-    """ReLU(norm(x)), where one row in eight is padding."""
+    """Computes ReLU(norm(x)) with a mask, under which one row in eight is padding."""
 
     norm: Norm
 
@@ -33,7 +33,7 @@ class MaskedLayer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """x + conv 1×1, 3×3, 1×1, each with its norm: He et al. 2016, figure 5, but the stride in the 3×3, as usual now."""
+    """Residual block of conv 1×1, 3×3, 1×1, each with a norm: He et al. 2016, figure 5, with the stride in the 3×3."""
 
     norm: Norm
     features: int
@@ -68,4 +68,5 @@ class ResNet50(nn.Module):
 
 
 def _conv(features: int, size: int, dtype: Any, stride: int = 1) -> nn.Conv:
+    """Builds a square convolution without bias."""
     return nn.Conv(features, (size, size), (stride, stride), use_bias=False, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Devices to compile for that are not there: TPUs and GPUs by their real compilers, on a machine that has neither.
+"""Describes TPUs and GPUs to their compilers, so that programs can be compiled on a machine without such devices.
 
-The compilers come with `pip install "bnjax[aot]"`: libtpu and XLA:GPU.
+The compilers, libtpu and XLA:GPU, are installed by `pip install "bnjax[aot]"`.
 """
 
 import os
@@ -26,7 +26,10 @@ TARGETS = ("cpu", "v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")
 
 
 def devices_of(target: str) -> Sequence[Any]:
-    """Returns all devices of a target. This process then computes on the CPU, and only compiles for others."""
+    """Returns all devices of a target.
+
+    From then on this process computes on the CPU, and only compiles for other devices.
+    """
     jax.config.update("jax_platforms", "cpu")
     if target == "cpu":
         return jax.devices("cpu")
@@ -39,21 +42,21 @@ def devices_of(target: str) -> Sequence[Any]:
 
 
 def _tell_libtpu() -> None:
-    """Says that there is no TPU here, and that other processes may hold the library. libtpu reads it when it loads."""
+    """Sets the environment that libtpu reads when it loads: no TPU is attached, and other processes may load it too."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def require(targets: Iterable[str]) -> None:
-    """Ends the program with status 2 where a compiler is not installed, and says what brings it."""
+    """Exits with status 2 if a target's compiler is not installed, and prints what to install."""
     if reasons := [reason for target in targets if (reason := missing(target))]:
         print(*reasons, sep="\n", file=sys.stderr)
         raise SystemExit(2)
 
 
 def missing(target: str) -> str:
-    """Why a target cannot be compiled for here; empty if it can."""
+    """Returns why a target cannot be compiled for here, or an empty string if it can."""
     try:
         devices_of(target)
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:

@@ -1,4 +1,4 @@
-"""How cost grows: the fits find what was put in, the programs have the collectives that they should, pages agree."""
+"""Tests the scaling benchmark: fits recover known costs, programs have the expected collectives, pages are current."""
 
 import math
 
@@ -19,7 +19,7 @@ ABOUT = {"sizes": "quick", "jax": "1", "flax": "2", "cores": "3"}
 
 
 def _lines():
-    """Of a machine whose times are known: 2 ns per element, all-reduces of 50 µs and 3 ns per byte."""
+    """Returns lines of a machine with known times: 2 ns per element, all-reduces of 50 µs plus 3 ns per byte."""
     rows = []
     for sweep, (_, curves) in fits.SWEEPS.items():
         for size in (10, 10**7, 10**8):
@@ -28,7 +28,7 @@ def _lines():
                 milliseconds = 50e-3 + 3e-6 * grows if curve == "all-reduce" else 2e-6 * grows
                 row = dict(sweep=sweep, grows=grows, curve=curve, bytes=4 * size, milliseconds=milliseconds)
                 rows.append(row)
-    rows[0]["milliseconds"] = 1e3  # a small array, which no exponent counts
+    rows[0]["milliseconds"] = 1e3  # a small array, which the exponents must ignore
     return [ABOUT, *rows]
 
 
@@ -54,7 +54,7 @@ def test_tables_and_picture(tmp_path):
 
 @pytest.mark.parametrize(("curve", "count"), [("local", 0), ("pooled", 2), ("all-reduce", 1)])
 def test_all_reduces(curve, count):
-    """One each way; and one in the loop of those that are timed."""
+    """Checks for one all-reduce forward, one backward, and one in the loop that times them."""
     mesh, rows, channels = Mesh(np.array(jax.devices()[:4]), ("data",)), 64, 8
     x = jax.ShapeDtypeStruct((rows, channels), jnp.float32)
     v = jax.ShapeDtypeStruct((4, 2 * channels), jnp.float32)
@@ -71,7 +71,7 @@ def test_a_row_for_each_device_count_and_curve():
 
 
 def test_two_processes():
-    """They meet, run the same collectives, and the first says how long they took."""
+    """Checks that two processes connect and run the same collectives, and that the first returns the times."""
     sizes = scaling.Sizes((), (), (), 0, (0, 0), payloads=(8, 16), rounds=1, seconds=0.0)
     rows = list(scaling._processes(sizes, 2))
     assert [(row["sweep"], row["grows"]) for row in rows] == [("2 processes", 64)] * 3 + [("2 processes", 128)] * 3
@@ -84,7 +84,7 @@ def test_a_process_that_fails_is_an_error():
 
 
 def test_one_device_beside_flax():
-    with jax.numpy_rank_promotion("allow"):  # which the floor makes use of
+    with jax.numpy_rank_promotion("allow"):  # the floor broadcasts over ranks
         rows = list(scaling._compare("64 channels", 32, 8, 32, seconds=0.0))
     assert [row["curve"] for row in rows] == ["floor", "bnjax", "flax.linen"]
     assert all(row["grows"] == 32 and row["bytes"] == 1024 and row["milliseconds"] > 0 for row in rows)
@@ -107,7 +107,7 @@ def test_the_network_on_paper_is_resnet_50():
 
 
 def test_the_model_of_pods():
-    """By hand: 32 hops of 1 µs for each all-reduce, and 2 · 2 · 26,560 numbers there and back at 50 GB/s."""
+    """Compares with a calculation by hand: 32 hops of 1 µs per all-reduce, 2 · 2 · 26,560 numbers at 50 GB/s."""
     pod = paper.PODS[0]
     assert math.isclose(paper.all_reduces(pod), 106 * 32e-6 + 2 * 2 * 2 * 26_560 * 4 / 50e9)
     shares = [paper.share(pod, images) for images in (8, 32, 256)]

@@ -1,4 +1,4 @@
-"""What the lines of `experiments.bench.clock.scaling` say: fitted slopes, as tables and as a picture."""
+"""Fits slopes to the lines of `experiments.bench.clock.scaling`, as tables and as a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,45 +19,48 @@ SWEEPS = {  # name: (what grows, which curves)
 POWERS, GLOO = tuple(SWEEPS)[:3], tuple(SWEEPS)[4:]
 COLOURS = {"floor": "black", "bnjax": "C0", "pooled": "C0", "flax.linen": "C1", "local": "C2", "all-reduce": "C3"}
 SIZES = {"full": "Measured", "quick": "Few and small sizes, which show that the program runs and no more"}
-LARGE = 8_000_000  # bytes: smaller arrays fit in caches, and at last show what a call costs and not the work
+LARGE = 8_000_000  # bytes: smaller arrays fit in caches, and the smallest measure the overhead of a call
 BYTES_PER_CHANNEL = 2 * 4  # of an all-reduce: two sums in float32
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
 
 def points(rows: Sequence[Row], sweep: str, curve: str, *, least: int = 0) -> Points:
-    """(what grows, milliseconds) of a curve, where the activation has at least so many bytes."""
+    """Returns (size, milliseconds) of a curve, for activations of at least `least` bytes."""
     found = [r for r in rows if (r["sweep"], r["curve"]) == (sweep, curve) and r["bytes"] >= least]
     return sorted((r["grows"], r["milliseconds"]) for r in found)
 
 
 def power(found: Points) -> tuple[float, float]:
-    """(exponent, factor) of y = factor · x^exponent: least squares on logarithms."""
+    """Fits y = factor · x^exponent by least squares on logarithms; returns (exponent, factor)."""
     x, y = np.log(np.array(found)).T
     exponent, factor = np.polyfit(x, y, 1)
     return float(exponent), float(np.exp(factor))
 
 
 def line(found: Points) -> tuple[float, float]:
-    """(latency, slope) of y = latency + slope · x: least squares of relative errors, as y grows tenfold and more."""
+    """Fits y = latency + slope · x by least squares of relative errors, because y spans decades; returns (latency,
+    slope).
+    """
     x, y = np.array(found).T
     slope, latency = np.polyfit(x, y, 1, w=1 / y)
     return float(latency), float(slope)
 
 
 def _per_kilobyte(fit: tuple[float, float]) -> str:
-    """The slope; where waiting for a core hides it, none."""
+    """Formats a slope in µs per kB, or "not seen" if waiting for a core hides it."""
     return f"{fit[1] * 1e6:.2f}" if fit[1] > 0 else "not seen"
 
 
 def tables(lines: Sequence[Row]) -> str:
-    """Markdown: exponents; what pooling costs over simulated devices; and over real processes."""
+    """Makes Markdown tables: exponents, the cost of pooling over simulated devices, and over real processes."""
     about, *rows = lines
     made = f"{SIZES[about['sizes']]}: jax {about['jax']}, flax {about['flax']}, {about['cores']} cores."
     return "\n\n".join((_exponents(rows), _devices(rows), _processes(rows), made))
 
 
 def _exponents(rows: Sequence[Row]) -> str:
+    """Makes a table of the exponents of time in rows and in channels."""
     curves = SWEEPS[POWERS[0]][1]
     lines = [
         (f"{SWEEPS[sweep][0]}, {sweep}", *(f"{power(points(rows, sweep, c, least=LARGE))[0]:.2f}" for c in curves))
@@ -67,6 +70,7 @@ def _exponents(rows: Sequence[Row]) -> str:
 
 
 def _devices(rows: Sequence[Row]) -> str:
+    """Makes a table of times over simulated devices, with local and with pooled statistics."""
     local, pooled = (dict(points(rows, "simulated devices", curve)) for curve in ("local", "pooled"))
     lines = [
         ("statistics of each device, ms", *(f"{t:.2f}" for t in local.values())),
@@ -77,6 +81,7 @@ def _devices(rows: Sequence[Row]) -> str:
 
 
 def _processes(rows: Sequence[Row]) -> str:
+    """Makes a table of all-reduce and layer times over real processes."""
     fits = [line(points(rows, sweep, "all-reduce")) for sweep in GLOO]
     lines = [
         ("one all-reduce: latency, µs", *(f"{latency * 1e3:.0f}" for latency, _ in fits)),
@@ -91,7 +96,7 @@ def _processes(rows: Sequence[Row]) -> str:
 
 
 def draw(lines: Sequence[Row], file: Path) -> None:
-    """A panel for each sweep, logarithmic in both directions, with the fits in the legends."""
+    """Draws a log-log panel for each sweep, with the fits in the legends."""
     from matplotlib.figure import Figure
 
     rows = lines[1:]
@@ -109,6 +114,7 @@ def draw(lines: Sequence[Row], file: Path) -> None:
 
 
 def _fit(rows: Sequence[Row], sweep: str, curve: str) -> str:
+    """Returns the fit of a curve as text for the legend, or an empty string."""
     if sweep in POWERS:
         return f", ∝ x^{power(points(rows, sweep, curve, least=LARGE))[0]:.2f}"
     if curve == "all-reduce":
