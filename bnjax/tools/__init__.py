@@ -16,10 +16,11 @@ from bnjax.tools._inspect import inspect as inspect
 from bnjax.tools._recalibrate import collect_moments as collect_moments
 from bnjax.tools._recalibrate import recalibrate as recalibrate
 from bnjax.tools._statistics import copy_stats as copy_stats
-from bnjax.tools._statistics import freeze_stats as freeze_stats
 from bnjax.tools._statistics import merge_stats as merge_stats
 from bnjax.tools._statistics import reset_stats as reset_stats
-from bnjax.tools._statistics import unfreeze_stats as unfreeze_stats
+from bnjax.tools._swap import swap as swap
+from bnjax.tools._swap import swap_back as swap_back
+from bnjax.tools._swap import swapped_norms as swapped_norms
 from bnjax.tools.convert import Loaded as Loaded
 from bnjax.tools.convert import fields_from_haiku as fields_from_haiku
 from bnjax.tools.convert import fields_from_keras as fields_from_keras

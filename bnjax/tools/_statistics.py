@@ -1,4 +1,4 @@
-"""Running statistics as part of a tree: merge, reset, copy, freeze, unfreeze."""
+"""Running statistics as part of a tree: merge, reset, copy."""
 
 import math
 from collections.abc import Sequence
@@ -143,11 +143,18 @@ def reset_stats(
     )
 
 
-def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None) -> Any:
-    r"""`target` with the statistics of `source`.
+def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None, steps: float | None = None) -> Any:
+    r"""Returns `target` with the statistics of `source`.
 
     .. math:: \mathrm{mean}_\text{target} = \mathrm{mean}_\text{source}, \quad
               \mathrm{var}_\text{target} = \mathrm{var}_\text{source}
+
+    `copy_stats(before, after, layers=["block1/*"])` after a training step keeps the statistics of some layers as they
+    were before it; it may run inside `jit`. Which statistics normalise is the module's business: see
+    :func:`frozen_norms`.
+
+    A checkpoint of Flax's layers, or of a model with a plain momentum, does not count batches. Where the layers of
+    `target` do (`momentum=None`, a schedule, `debias`), say how many the loaded averages stand for.
 
     Args:
       source: a tree with statistics of any shapes; it may be another kind of tree than `target` (one collection, all
@@ -155,13 +162,15 @@ def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None)
         besides: AlgoPerf's checkpoints keep them as `(1, 1, C)`, and layers take `(C,)`.
       target: the tree to copy into.
       layers: patterns of layers, such as `"block1/*"`; all the layers of `target` by default.
+      steps: how many batches the averages stand for, where `target` counts them and `source` does not. With 0 the next
+        batch replaces them, where the plain average or `debias` is asked for.
 
     Returns:
       `target` with the chosen statistics replaced, in its own dtypes.
 
     Raises:
       ValueError: no statistics in one of the trees; a layer of other shape or that `source` lacks; a pattern that
-        fits no layer.
+        fits no layer; `steps` that only `target` counts and that are not given.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -170,11 +179,23 @@ def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None)
       >>> target = {"params": {"bn": {"scale": jnp.array([2.0])}}, "batch_stats": tools.reset_stats(source)}
       >>> tools.copy_stats(source, target)["batch_stats"]
       {'bn': {'mean': Array([3.], dtype=float32), 'var': Array([7.], dtype=float32)}}
+      >>> counting = {"bn": {**tools.reset_stats(source)["bn"], "steps": jnp.zeros(1)}}
+      >>> tools.copy_stats(source, counting, steps=1000)["bn"]["steps"]
+      Array([1000.], dtype=float32)
     """
     here, there = _trees.flatten_with_layers(source), _trees.flatten_with_layers(target)
     chosen = _trees.select(there.layers, layers)
     _check_layers(here, there, chosen, squeezed=True)
-    return there.replace({layer: _shaped(here.stats(layer), there.stats(layer)["mean"].shape) for layer in chosen})
+    uncounted = [layer for layer in chosen if "steps" in there.layers[layer] and "steps" not in here.layers[layer]]
+    if steps is None and uncounted:
+        raise ValueError(
+            f"the layers {[show(layer) for layer in uncounted]} of target count the batches behind their averages, and "
+            "source does not say how many there are: pass steps=, such as the number of training steps; with steps=0 "
+            "the next batch replaces averages that weigh batches by their number."
+        )
+    counts = {layer: {"steps": jnp.full_like(there.stats(layer)["steps"], steps or 0)} for layer in uncounted}
+    shaped = {layer: _shaped(here.stats(layer), there.stats(layer)["mean"].shape) for layer in chosen}
+    return there.replace({layer: {**shaped[layer], **counts.get(layer, {})} for layer in chosen})
 
 
 def _shaped(stats: dict[str, jax.Array], shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -196,71 +217,3 @@ def _check_layers(here: Tree, there: Tree, layers: Sequence[Path] | None = None,
                 f"the statistics of {show(layer)} do not correspond: {shapes[0]} in one tree, {shapes[1]} in the "
                 "other. The trees must come from one model, at one depth."
             )
-
-
-def freeze_stats(before: Any, after: Any, *, layers: Sequence[str] | None = None) -> Any:
-    r"""What a training step made, but with the statistics that some layers had before it.
-
-    .. math:: \mathrm{mean}_\text{after} \leftarrow \mathrm{mean}_\text{before} \quad \text{for the frozen layers}
-
-    For trees of any library, inside `jit` too; :func:`unfreeze_stats` undoes it. It says which statistics are kept.
-    Which ones normalise is the module's business: :func:`frozen_norms` for linen, and for nnx
-    `model.set_attributes(nnx.BatchNorm, use_running_average=True)`.
-
-    Args:
-      before: the tree before the step, with statistics of any shapes.
-      after: the tree after it.
-      layers: patterns of the layers to freeze, such as `"block1/*"`; all by default.
-
-    Returns:
-      `after`, with the statistics of those layers from `before`.
-
-    Raises:
-      ValueError: as :func:`copy_stats`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from bnjax import tools
-      >>> before = {name: {"mean": jnp.zeros(1), "var": jnp.ones(1)} for name in ("stem", "head")}
-      >>> after = {name: {"mean": jnp.ones(1), "var": jnp.ones(1)} for name in ("stem", "head")}
-      >>> kept = tools.freeze_stats(before, after, layers=["stem"])
-      >>> print(kept["stem"]["mean"], kept["head"]["mean"])
-      [0.] [1.]
-    """
-    return copy_stats(before, after, layers=layers)
-
-
-def unfreeze_stats(frozen: Any, after: Any, *, layers: Sequence[str] | None = None) -> Any:
-    r"""The inverse of :func:`freeze_stats`: a tree with frozen statistics, but for some layers those of the step.
-
-    .. math:: \mathrm{mean}_\text{frozen} \leftarrow \mathrm{mean}_\text{after} \quad \text{for the unfrozen layers}
-
-    `unfreeze_stats(freeze_stats(before, after), after)` is `after`; with `layers` it says which averages move while all
-    others stand still, as in gradual unfreezing. An average that stood still is that of the weights of its time, and
-    goes on from there: :func:`recalibrate` brings it to the weights of now at once, :func:`reset_stats` starts it anew
-    (with `debias`, `momentum=None` or a schedule its steps too, which else weigh the old value as before).
-
-    As with freezing, which statistics normalise is the module's business: outside :func:`frozen_norms` linen layers
-    normalise by the batch again, and nnx layers after `model.set_attributes(nnx.BatchNorm, use_running_average=False)`.
-
-    Args:
-      frozen: the tree that :func:`freeze_stats` returned, with statistics of any shapes.
-      after: the tree after the step, as it was given to that.
-      layers: patterns of the layers to unfreeze, such as `"head/*"`; all by default.
-
-    Returns:
-      `frozen`, with the statistics of those layers from `after`.
-
-    Raises:
-      ValueError: as :func:`copy_stats`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from bnjax import tools
-      >>> before = {name: {"mean": jnp.zeros(1), "var": jnp.ones(1)} for name in ("stem", "head")}
-      >>> after = {name: {"mean": jnp.ones(1), "var": jnp.ones(1)} for name in ("stem", "head")}
-      >>> kept = tools.unfreeze_stats(tools.freeze_stats(before, after), after, layers=["head"])
-      >>> print(kept["stem"]["mean"], kept["head"]["mean"])
-      [0.] [1.]
-    """
-    return copy_stats(after, frozen, layers=layers)
