@@ -3,7 +3,6 @@
 from bnjax import functional as functional
 from bnjax import linen as linen
 from bnjax import nnx as nnx
-
 from bnjax import tools as tools
 from bnjax.functional import Moments as Moments
 from bnjax.functional import Normalization as Normalization

@@ -4,12 +4,16 @@ import ast
 import re
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parent
-CLAIM = re.compile(r"^Claim:((?:.|\n(?= ))+)", re.MULTILINE)  # its first line, and those that are indented
+CLAIM = re.compile(r"^Claim:((?:.|\n(?= ))+)", re.MULTILINE)  # the first line, and the indented ones that follow
 
 
 def claims() -> dict[str, str]:
-    """What follows `Claim:` in the docstring of every module that has one, without importing any of them."""
+    """Finds every experiment: maps a module's dotted name to the text after `Claim:` in its docstring, without
+    importing it.
+    """
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         claim = CLAIM.search(ast.get_docstring(ast.parse(path.read_text())) or "")
@@ -21,7 +25,9 @@ def claims() -> dict[str, str]:
 
 
 def results(name: str) -> str:
-    """Where the results of a module are kept: in the nearest folder `results`; or an empty string."""
+    """Returns the path of a module's results, from the nearest folder `results`; an empty string if it has
+    no results.
+    """
     *folders, stem = name.split(".")
     places = [ROOT.parent.joinpath(*folders[:depth], "results") for depth in range(len(folders), 0, -1)]
     kept = next((found for place in places if (found := sorted(place.glob(f"{stem}.*")))), [])
@@ -31,9 +37,9 @@ def results(name: str) -> str:
 def main() -> None:
     """Prints the name of each experiment, its claim, and where its results are."""
     for name, claim in claims().items():
-        print(f"{name}\n    {claim}\n    {results(name) or 'no results are kept: run it'}")
+        print(f"{name}\n    {claim}\n    {results(name) or 'no results are committed: run it'}")
     print("\nRun one with `python -m NAME`; `--help` lists its options.")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

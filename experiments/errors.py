@@ -1,9 +1,9 @@
-"""The two exceptions that a command line turns into a single line of text."""
+"""Exceptions that a command line prints as one line of text instead of a traceback."""
 
 
 class ConfigError(ValueError):
-    """An option, a data file or a run folder is not usable: the message says what was expected and what to do."""
+    """Raised for an option, a data file or a run folder that cannot be used: says what was expected and what to do."""
 
 
 class RunError(RuntimeError):
-    """A run that began well cannot go on: the message says why, and how to go on from its last checkpoint."""
+    """Raised when a run that has started cannot continue: says why, and how to resume from its last checkpoint."""

@@ -151,7 +151,10 @@ def check_stored(shape: tuple[int, ...], x: jax.Array, **stored: jax.Array | Non
 
 
 def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """The mask at the rank of x, still unbroadcast (sums over it stay small). A weight that is none becomes NaN."""
+    """Returns the mask at the rank of x, bool or floating, not broadcast, so that sums over it stay small.
+
+    A weight in a jax.Array that is negative or not finite becomes NaN.
+    """
     if mask is None:
         return None
     known, mask = _known(mask), as_array("mask", mask)
@@ -169,16 +172,22 @@ def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
             f"mask must be broadcastable to x; got mask {mask.shape} for x {x.shape}. "
             "A mask with one weight per row needs a trailing axis: mask[..., None]."
         )
-    if known is not None or jnp.issubdtype(mask.dtype, jnp.unsignedinteger) or mask.dtype == bool:
+    if mask.dtype == bool:
         return mask.reshape(shape)
-    return jnp.where((mask >= 0) & (mask < jnp.inf), mask, jnp.nan).reshape(shape)
+    weights = mask.astype(_promoted(mask, jnp.float32))
+    return jnp.where((weights >= 0) & (weights < jnp.inf), weights, jnp.nan).reshape(shape)
+
+
+def takes_part(weights: jax.Array) -> jax.Array:
+    """Returns where weights are not zero, as bools."""
+    return weights if weights.dtype == bool else weights > 0
 
 
 def as_weights(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Returns a checked mask as the weights of sums: bool as it is, else in the dtype of the statistics."""
+    """Returns a checked mask as the weights of sums: bool as it is, else in the dtype of the statistics, constant."""
     if mask is None or mask.dtype == bool:
         return mask
-    return mask.astype(jnp.finfo(statistics_dtype(x)).dtype)
+    return jax.lax.stop_gradient(mask.astype(jnp.finfo(statistics_dtype(x)).dtype))
 
 
 def as_number(name: str, value: Any, least: float, most: float = math.inf, advice: str = "") -> float:
@@ -203,7 +212,9 @@ def as_flag(name: str, value: Any) -> bool:
             f"{name} must be True or False when the call is traced; got a traced value. Pass it as a Python bool (a "
             "keyword bound by functools.partial, or static_argnames of jax.jit), and trace each mode by itself."
         )
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool):
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool and not value.ndim:
         return bool(value)
     hint = " A number of channels is num_features, of bnjax.nnx.BatchNorm; bnjax.linen.BatchNorm reads it off x."
     raise TypeError(f"{name} must be True or False; got {value!r}.{hint if isinstance(value, int) else ''}")

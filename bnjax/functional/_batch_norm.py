@@ -21,8 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._derivative import value_of, widen
-from bnjax.functional._measure import Measured, Reduction, averages, measure, squared
-from bnjax.functional._moments import Moments, moments_of, scaled_rstd
+from bnjax.functional._measure import Measured, Reduction, measure, squared
+from bnjax.functional._moments import Moments, formula_of, moments_of, scaled_rstd
 from bnjax.functional._one_row import warn_of_one_row
 
 # A variance below this part of epsilon changes nothing in y, so the guard need not sum again for it: a channel that is
@@ -136,16 +136,8 @@ def normalize_batch(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, weights: jax.Array | None, others: Any
     ) -> tuple[jax.Array, Moments]:
         batch, rstd = _measure_and_keep(epsilon, x, weights, reduction)
-        offset = batch.e / batch.unit
-        wide = widen(x)
-        if (
-            weights is not None
-        ):  # unreadable padding is read as the mean, so that neither it nor its derivative gets out
-            wide = jnp.where((weights > 0) | jnp.isfinite(wide), wide, expand(batch.K + offset))
-        z = (wide - expand(batch.K)) * expand(rstd)
-        mean, square, _ = averages(z, weights, reduction)
-        var = square - squared(mean)
-        mean_z = value_of(offset * rstd, mean)
+        z = (widen(x) - expand(batch.K)) * expand(rstd)
+        mean, var = formula_of(batch, rstd, z, weights, reduction)
         a = value_of(jnp.ones_like(var), lax.rsqrt(var + epsilon * squared(rstd)))  # var + ε·rstd² is 1 by measurement
         b = None if bias is None else _collectives.match(bias.astype(wide_dtype), mean)
         s = None if scale is None else _collectives.match(scale.astype(wide_dtype), mean)
@@ -154,7 +146,9 @@ def normalize_batch(
             shift = d if s is None else d * s
             s, b = r if s is None else r * s, shift if b is None else shift + b
         a = a if s is None else a * s
-        c = -mean_z * a if b is None else b - mean_z * a
+        c = -mean * a if b is None else b - mean * a
+        if weights is not None:  # NaN in padding is read as the mean, so that neither it nor its derivative gets out
+            z = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(mean))
         a, c = _collectives.vary_together((a, c), x)
         return (z * expand(a) + expand(c)).astype(dtype), moments_of(batch, rstd, mean, var)
 
@@ -166,5 +160,13 @@ def _measure_and_keep(
 ) -> tuple[Measured, jax.Array]:
     """Measures a batch for a normalization with this epsilon: the moments and 1/√(var + ε), kept for its derivative."""
     batch = measure(x, weights, reduction, _FLOOR * epsilon)
-    vectors, rstd = checkpoint_name((batch._replace(count=None), scaled_rstd(batch, epsilon)), "measured")
+    vectors, rstd = jax.tree.map(_keep, (batch._replace(count=None), scaled_rstd(batch, epsilon)))
     return vectors._replace(count=batch.count), rstd
+
+
+def _keep(vector: jax.Array) -> jax.Array:
+    """Names a vector for the checkpoint; a complex one in two parts, because JAX cannot keep complex values by name."""
+    if jnp.iscomplexobj(vector):
+        return lax.complex(_keep(vector.real), _keep(vector.imag))
+    named: jax.Array = checkpoint_name(vector, "measured")
+    return named

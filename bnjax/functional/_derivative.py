@@ -67,7 +67,8 @@ def widen(x: jax.Array) -> jax.Array:
 @widen.defjvp
 def _widen_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (t,) = tangents
-    kind = jnp.finfo(t.dtype)
-    if kind.bits < 32:
+    wide = statistics_dtype(t)
+    if wide != t.dtype:
+        kind = jnp.finfo(t.dtype)
         t = lax.reduce_precision(t, exponent_bits=kind.nexp, mantissa_bits=kind.nmant + 1)
-    return widen(*primals), t.astype(statistics_dtype(t))
+    return widen(*primals), t.astype(wide)

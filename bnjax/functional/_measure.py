@@ -11,14 +11,14 @@ read of x and one more all-reduce, in the steps that need it.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _collectives
-from bnjax.functional._axes import Layout, statistics_dtype
+from bnjax.functional._axes import Layout, statistics_dtype, takes_part
 
 # The guard acts where |mean|² > 16·var. The sums are right to a few units of 6e-8, so var is right to 16 times that.
 GUARD = 16.0
@@ -65,7 +65,7 @@ def averages(
         first, second = _collectives.pool_together(sums, group)
         n = float(max(count, 1))  # a float: more rows than an int32 counts are divided right
         return first / n, second / n, float(count)
-    known = jnp.where(weights > 0, c, 0)  # NaN at weight 0 takes no part
+    known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 takes no part
     weighted = known if weights.dtype == bool else weights * known
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
     sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows), _weight_sum(c, weights, layout)]
@@ -88,10 +88,9 @@ def _weight_sum(c: jax.Array, weights: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _as_count(W: jax.Array) -> jax.Array:
-    """Returns W, or NaN where products with weights of that size would over- or underflow."""
+    """Returns W, or NaN where the sum of the weights over- or underflows."""
     kind = jnp.finfo(W.dtype)
-    most = float(kind.max) ** 0.5
-    return jnp.where((W == 0) | ((kind.tiny / kind.eps < W) & (most > W)), W, jnp.nan)
+    return jnp.where((W == 0) | ((kind.tiny / kind.eps < W) & (kind.max >= W)), W, jnp.nan)
 
 
 def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor: float) -> Measured:
@@ -109,26 +108,41 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     e, square, count = averages(x.astype(dtype), weights, reduction)
     var = jnp.maximum(square - squared(e), 0)
     one = lax.full_like(var, 1)
-    if count == 1.0:  # one row is its own mean, exactly
+    if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
         return Measured(e, jnp.zeros_like(e), jnp.zeros_like(var), one, count)
-    unit = 2.0 ** -(kind.maxexp * 23 // 64)  # 2⁻⁴⁶ in float32: squares of 1e-5 and of 1e30 both fit
-    far = ~(squared(e) <= GUARD * (var + floor))  # true for NaN and Inf too
+    fits = var <= kind.max  # false for NaN too
+    far = ~((squared(e) <= GUARD * (var + floor)) & fits)
     K = jnp.where(far, _rounded(e), 0)
+    unit = jnp.where(fits, one, _shrinking(kind, weights, count))
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
         # The barrier keeps XLA:GPU from making a select of this conditional, which would always run both branches, and
         # x crosses it in its own dtype, because whatever a branch is handed is written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
-        rest, square, _ = averages((wide - reduction.layout.expand(K)) * unit, weights, reduction)
+        centred = (wide - reduction.layout.expand(K)) * reduction.layout.expand(unit)
+        rest, square, _ = averages(centred, _of_sum_one(weights, count, reduction), reduction)
         # The sums are not better than their rounding, so neither is the variance: a constant channel, of whose value K
         # is a few units off, has no variance but that.
         return rest, jnp.maximum(square - squared(rest), squared(rest) * 2.0**-24)
 
     # Channels that are not far keep their first sums, so that none depends on what another one holds. The selection
-    # stands outside of the conditional: inside, XLA could not merge two equal calls, which batch_renorm relies on.
+    # stands outside of the conditional: inside, XLA could not merge two equal calls.
     again = lax.cond(_anywhere(far), about_the_mean, lambda: (e, var))
     e, var = (jnp.where(far, new, old) for new, old in zip(again, (e, var), strict=True))
-    return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), jnp.where(far, unit, one), count)
+    return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), unit, count)
+
+
+def _shrinking(kind: Any, weights: jax.Array | None, count: jax.Array | float) -> jax.Array | float:
+    """Returns the factor for values whose squares, or weighted squares, overflow: 2⁻⁸⁰, or 2⁻³⁰, in float32."""
+    for_values, for_weights = 2.0 ** -(kind.maxexp * 5 // 8), 2.0 ** -(kind.maxexp * 15 // 64)
+    return for_values if weights is None else jnp.where(count > float(kind.max) ** 0.5, for_weights, for_values)
+
+
+def _of_sum_one(weights: jax.Array | None, count: jax.Array | float, reduction: Reduction) -> jax.Array | None:
+    """Returns floating weights divided by their sum, so that huge ones do not overflow; other weights as they are."""
+    if weights is None or weights.dtype == bool:
+        return weights
+    return weights / reduction.layout.expand(jnp.where(count == 0, 1, count))
 
 
 @jax.custom_batching.custom_vmap

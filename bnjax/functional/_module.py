@@ -5,7 +5,9 @@ from typing import Any
 import jax
 
 from bnjax.functional._axes import as_array, layout_of
+from bnjax.functional._axes import as_flag as as_flag
 from bnjax.functional._axes import check_stored as check_stored
+from bnjax.functional._axes import output_dtype as output_dtype
 from bnjax.functional._one_row import silent_if as silent_if
 
 

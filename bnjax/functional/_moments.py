@@ -95,8 +95,20 @@ def _batch_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None
     batch = measure(x, weights, reduction, floor=0.0)
     rstd = scaled_rstd(batch, 0.0)
     z = (widen(x) - reduction.layout.expand(batch.K)) * reduction.layout.expand(rstd)
+    return moments_of(batch, rstd, *formula_of(batch, rstd, z, weights, reduction))
+
+
+def formula_of(
+    batch: Measured, rstd: jax.Array, z: jax.Array, weights: jax.Array | None, reduction: Reduction
+) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance of z = (x − K)·rstd: as measured, with the derivative of the formula.
+
+    The variance is written with the measured mean, so that no sum of the formula itself is ever needed, only tangents.
+    """
     mean, square, _ = averages(z, weights, reduction)
-    return moments_of(batch, rstd, mean, square - squared(mean))
+    factor = rstd / batch.unit
+    mean = value_of(batch.e * factor, mean)
+    return mean, value_of(batch.var * squared(factor), square - squared(mean))
 
 
 def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
@@ -114,7 +126,7 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
       mean: the formula's mean of z.
       var: the formula's variance of z.
     """
-    count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, batch.count)
+    count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
     return Moments(
         value_of(batch.K + batch.e / batch.unit, batch.K + mean / rstd),
         value_of(batch.var / batch.unit / batch.unit, var / rstd / rstd),

@@ -87,7 +87,7 @@ def _normalize(
     def affine(x: jax.Array, mean: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
         x = x.astype(wide)
         if mask is not None:
-            x = jnp.where((mask > 0) | jnp.isfinite(x), x, mean)
+            x = jnp.where(_axes.takes_part(mask) | jnp.isfinite(x), x, mean)
         return ((x - mean) * a + c).astype(dtype)
 
     return affine(x, *map(layout.expand, (mean, a, c)))

@@ -8,10 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.functional import _axes, _collectives
+from bnjax.functional._measure import squared
 from bnjax.functional._moments import Moments
 
 # The weight of the OLD running value: a number, a function from the step to it, or None for the plain average.
 Momentum = jax.Array | float | Callable[[jax.Array], jax.Array | float] | None
+
+
+# One row has a variance of rounding alone, less than this part of mean².
+_ROUNDING = 2.0**-22
 
 
 class RunningStats(NamedTuple):
@@ -66,8 +71,8 @@ def update_running(
     var started with (0 and 1) have no weight. Both take the first batch as it is.
 
     A channel whose moments are not finite, or that no row counted in, keeps its values and its step: one bad batch
-    leaves no trace. One row says nothing about a variance: a channel with a count of 1 or less updates its mean and
-    keeps its var. No gradient flows into the result.
+    leaves no trace. One row says nothing about a variance: where the count is at most 1 and the variance no more than
+    rounding, the channel updates its mean and keeps its var. No gradient flows into the result.
 
     Args:
       running: `RunningStats(mean, var)`, each `[C]`; with `steps`, `[C]`, wherever m depends on t.
@@ -116,7 +121,7 @@ def update_running(
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
-    tells_var = good & (n > 1)
+    tells_var = good & ((n > 1) | (var > _ROUNDING * squared(mean)))  # weights may be fractions and sum to 1
 
     def step(taken: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         dtype = _axes.statistics_dtype(old, new)

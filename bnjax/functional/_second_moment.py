@@ -50,7 +50,7 @@ class Operands(NamedTuple):
     @property
     def readable(self) -> jax.Array:
         """x, with NaN and Inf at positions of weight zero read as 0."""
-        return self.x if self.mask is None else jnp.where((self.mask > 0) | jnp.isfinite(self.x), self.x, 0)
+        return self.x if self.mask is None else jnp.where(_axes.takes_part(self.mask) | jnp.isfinite(self.x), self.x, 0)
 
     @property
     def moments(self) -> Moments:
@@ -105,7 +105,7 @@ def _estimated_bwd(rule: Rule, reduction: Reduction, kept: Any, dx: jax.Array) -
     good = (W > 0) & jnp.isfinite(projection) & jnp.isfinite(scaling.square)
     pull = wide * layout.expand(average * scaling.rstd**2)
     if mask is not None:
-        pull = jnp.where(mask > 0, pull if mask.dtype == bool else mask.astype(dx.dtype) * pull, 0)
+        pull = jnp.where(_axes.takes_part(mask), pull if mask.dtype == bool else mask.astype(dx.dtype) * pull, 0)
     new = jax.tree.map(lambda n, old: _of_all(jnp.where(jnp.broadcast_to(good, n.shape), n, old), old), new, state)
     return (dx - pull).astype(x.dtype), None, None, new
 

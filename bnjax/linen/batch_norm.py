@@ -47,7 +47,8 @@ class BatchNorm(Normalization, nn.Module):
         plain `jit`, where a sharded batch is normalised by its global statistics anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
       use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
-      force_float32_reductions: accepted for Flax's sake; statistics are computed and kept in float32 at least.
+      force_float32_reductions: statistics are always computed in float32 at least; False only makes the running
+        averages start in `param_dtype`, so that such a checkpoint of Flax loads.
       scale_offset: added to the scale, own or given: with 1.0 the layer multiplies by 1 + scale, and weight decay pulls
         towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
@@ -157,7 +158,8 @@ class BatchNorm(Normalization, nn.Module):
         """Returns whether this call normalises by the running averages, from the field or the argument of the call."""
         if self.is_constant:
             return True
-        return merge_param("use_running_average", self.use_running_average, use_running_average)
+        name = "use_running_average"
+        return _module.as_flag(name, merge_param(name, self.use_running_average, use_running_average))
 
     @nn.nowrap
     def _statistics(self, x: jax.Array, shape: tuple[int, ...], evaluates: bool) -> tuple[Any, ...]:
@@ -168,9 +170,11 @@ class BatchNorm(Normalization, nn.Module):
                 f"{self._described()} found no batch_stats. Pass the collection that init returned along with params: "
                 'model.apply({"params": params, "batch_stats": batch_stats}, x, ...).'
             )
-        wide = jnp.promote_types(x.dtype if self.stats_dtype is None else self.stats_dtype, jnp.float32)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.finfo(wide).dtype)
+        dtype = jnp.promote_types(x.dtype if self.stats_dtype is None else self.stats_dtype, jnp.float32)
+        if not self.force_float32_reductions:
+            dtype = jnp.promote_types(self.param_dtype, jnp.complex64) if jnp.iscomplexobj(x) else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.finfo(dtype).dtype)
 
         def counter(name: str, needed: bool) -> Any:
             there = self.has_variable("batch_stats", name) or (starting and not evaluates) or self.is_initializing()
@@ -215,6 +219,8 @@ class BatchNorm(Normalization, nn.Module):
         groups: dict[str, Any] = {}
         if not starting:  # axes are bound in training alone
             groups = {k: getattr(self, k) for k in ("axis_name", "axis_index_groups", "stats_axis_name")}
+        if not isinstance(update_stats, jax.Array):
+            update_stats = _module.as_flag("update_stats", update_stats)
         updates = not (starting or evaluates or update_stats is False)
         if updates and not self.is_mutable_collection("batch_stats"):
             raise ValueError(

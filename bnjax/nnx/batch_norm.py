@@ -255,7 +255,7 @@ class BatchNorm(Normalization, nnx.Module):
         evaluates = True
         if not self.is_constant:
             evaluates = first_from(use_running_average, self.use_running_average, error_msg=_WHICH_STATISTICS)
-        output = None if self.dtype is None else dtypes.canonicalize_dtype(x, dtype=self.dtype)
+        output = None if self.dtype is None else _module.output_dtype(self.dtype, x)
         promote = partial(self.promote_dtype, dtype=output)
         promoted = jax.eval_shape(promote, (x, running.mean, running.var, scale, bias))
         return batch_norm_step(

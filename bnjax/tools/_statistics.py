@@ -1,5 +1,6 @@
 """Running statistics as part of a tree: merge, reset, copy, freeze, unfreeze."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,7 +151,8 @@ def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None)
 
     Args:
       source: a tree with statistics of any shapes; it may be another kind of tree than `target` (one collection, all
-        the variables, a state) as long as the layers have the same paths.
+        the variables, a state) as long as the layers have the same paths. Its statistics may have axes of size one
+        besides: AlgoPerf's checkpoints keep them as `(1, 1, C)`, and layers take `(C,)`.
       target: the tree to copy into.
       layers: patterns of layers, such as `"block1/*"`; all the layers of `target` by default.
 
@@ -171,16 +173,25 @@ def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None)
     """
     here, there = _trees.flatten_with_layers(source), _trees.flatten_with_layers(target)
     chosen = _trees.select(there.layers, layers)
-    _check_layers(here, there, chosen)
-    return there.replace({layer: here.stats(layer) for layer in chosen})
+    _check_layers(here, there, chosen, squeezed=True)
+    return there.replace({layer: _shaped(here.stats(layer), there.stats(layer)["mean"].shape) for layer in chosen})
 
 
-def _check_layers(here: Tree, there: Tree, layers: Sequence[Path] | None = None) -> None:
-    """Raises ValueError unless both trees hold the layers (all of them, by default), in the same shapes."""
+def _shaped(stats: dict[str, jax.Array], shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Statistics in a shape of as many elements, where they have axes of size one besides."""
+    return {role: s.reshape(shape) if s.size == math.prod(shape) else s for role, s in stats.items()}
+
+
+def _check_layers(here: Tree, there: Tree, layers: Sequence[Path] | None = None, *, squeezed: bool = False) -> None:
+    """Raises ValueError unless both trees hold the layers (all of them, by default), in the same shapes.
+
+    With `squeezed` axes of size one do not count.
+    """
     wanted = set(here.layers) | set(there.layers) if layers is None else set(layers)
     for layer in sorted(wanted):
         shapes = [t.stats(layer)["mean"].shape if layer in t.layers else "none" for t in (here, there)]
-        if shapes[0] != shapes[1]:
+        compared = [tuple(n for n in s if n != 1) if squeezed and s != "none" else s for s in shapes]
+        if compared[0] != compared[1]:
             raise ValueError(
                 f"the statistics of {show(layer)} do not correspond: {shapes[0]} in one tree, {shapes[1]} in the "
                 "other. The trees must come from one model, at one depth."

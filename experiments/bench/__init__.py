@@ -1,1 +1,1 @@
-"""Benchmarks: bnjax beside its peers."""
+"""Benchmarks that compare bnjax with other libraries."""

@@ -1,4 +1,4 @@
-"""Errors of mean, variance, y and dx against float64 as the data moves away from zero, beside every peer.
+"""Measures errors of mean, variance, y and dx against float64 as the data moves away from zero, in every library.
 
 Claim:    From the first batch on, bnjax is as accurate at a mean of 10^5 standard deviations as at zero.
 Command:  python -m experiments.bench.accuracy
@@ -7,11 +7,10 @@ Time:     60 s
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import tyro
 from flax import nnx
 
 import bnjax
+from experiments.bench import report
 
 EPSILON = 1e-5
 RATIOS = (0.0, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)  # mean/std of every channel
@@ -33,22 +33,22 @@ HALF_MAX = 65504.0
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where it goes."""
+    """Options of the benchmark: what is measured, and where the results go."""
 
-    out: Path = Path(__file__).parent / "results"
+    out: Path = report.RESULTS
     """Folder of accuracy.jsonl and accuracy.md."""
-    picture: Path = Path(__file__).parents[2] / "docs" / "assets" / "accuracy.png"
+    picture: Path = report.ROOT / "docs" / "assets" / "accuracy.png"
     """The errors of y and dx by mean/std."""
     quick: bool = False
-    """Three ratios in float32 only; nothing is written."""
+    """Measure three ratios in float32 only, and write nothing."""
     redraw: bool = False
-    """Measure nothing: the picture alone, of the committed numbers."""
+    """Measure nothing; draw the picture again from the committed numbers."""
 
 
 class Batch(NamedTuple):
     x: np.ndarray
     dy: np.ndarray
-    running_mean: np.ndarray  # [C], float32: zeros in the first step, about the mean in a steady state
+    running_mean: np.ndarray  # [C], float32: zeros in the first step, close to the batch mean in a steady state
     running_var: np.ndarray  # [C]
 
 
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 
 
 def reference(batch: Batch) -> Answer:
-    """The textbook formulas in NumPy float64."""
+    """Computes mean, variance, y and dx by the textbook formulas in NumPy float64."""
     x, dy = batch.x.astype(np.float64), batch.dy.astype(np.float64)
     mean, var = x.mean(ROWS), x.var(ROWS)
     rstd = (var + EPSILON) ** -0.5
@@ -69,7 +69,7 @@ def reference(batch: Batch) -> Answer:
 
 
 def _answer(forward: Callable[[Any, Batch], tuple[Any, Any, Any]], batch: Batch) -> Answer:
-    """mean, var and y of `forward`, and the gradient of Σ y·dy, compiled together."""
+    """Computes mean, var and y with `forward`, and the gradient of Σ y·dy, in one compiled program."""
 
     def loss(x: Any) -> Any:
         mean, var, y = forward(x, batch)
@@ -81,13 +81,14 @@ def _answer(forward: Callable[[Any, Batch], tuple[Any, Any, Any]], batch: Batch)
 
 
 def _linen(module: Any, x: Any, batch: Batch) -> tuple[Any, Any, Any]:
-    """Momentum 0, so that the new running statistics are those of the batch."""
+    """Applies a linen module with momentum 0, so that its new running statistics are those of the batch."""
     stats = {"mean": jnp.asarray(batch.running_mean), "var": jnp.asarray(batch.running_var)}
     y, updates = module.apply({"batch_stats": stats}, x, mutable=["batch_stats"])
     return updates["batch_stats"]["mean"], updates["batch_stats"]["var"], y
 
 
 def _nnx(module: Any, x: Any, batch: Batch) -> tuple[Any, Any, Any]:
+    """Applies an nnx module with momentum 0, so that its new running statistics are those of the batch."""
     plain = dict(use_running_average=False, momentum=0.0, use_scale=False, use_bias=False)
     layer = module(x.shape[-1], **plain, rngs=nnx.Rngs(0))
     layer.mean[...], layer.var[...] = jnp.asarray(batch.running_mean), jnp.asarray(batch.running_var)
@@ -96,7 +97,9 @@ def _nnx(module: Any, x: Any, batch: Batch) -> tuple[Any, Any, Any]:
 
 
 def _torch(batch: Batch) -> Answer:
-    """PyTorch's layer over NCHW (its channels-last kernel is less accurate); its variance is divided by n − 1."""
+    """Computes with PyTorch's layer over NCHW, which is more accurate than over NHWC; undoes the n/(n − 1) of its
+    variance.
+    """
     import torch
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[str(batch.x.dtype)]
@@ -111,7 +114,7 @@ def _torch(batch: Batch) -> Answer:
 
 
 def peers() -> dict[str, Callable[[Batch], Answer]]:
-    """Every implementation there is on this machine."""
+    """Returns a function `batch -> answer` for every implementation that is installed."""
     plain = dict(use_running_average=False, momentum=0.0, use_scale=False, use_bias=False)
     found = {
         "bnjax": partial(_answer, partial(_linen, bnjax.BatchNorm(**plain))),
@@ -122,12 +125,14 @@ def peers() -> dict[str, Callable[[Batch], Answer]]:
     if util.find_spec("torch"):
         found["torch"] = _torch
     else:
-        print("torch is not installed: left out", file=sys.stderr)
+        print("torch is not installed: it is not measured", file=sys.stderr)
     return found
 
 
 def draw(dtype: str, ratio: float, step: str) -> Batch:
-    """A batch whose channels all have this mean/std, with running statistics of the first step or of a steady state."""
+    """Draws a batch whose channels all have this mean/std; its running statistics are those of a first or a
+    later step.
+    """
     rng = np.random.default_rng(0)
     x = (rng.normal(size=SHAPE) + ratio).astype(jnp.dtype(dtype))
     mean = x.astype(np.float64).mean(ROWS) + 0.01 if step == "steady" else np.zeros(SHAPE[-1])
@@ -136,7 +141,11 @@ def draw(dtype: str, ratio: float, step: str) -> Batch:
 
 
 def errors(got: Answer, want: Answer) -> dict[str, float]:
-    """mean in standard deviations, var relative, y absolute (it is standardised), dx relative to its largest value."""
+    """Computes the largest error of each result over all channels.
+
+    The mean's is in standard deviations, the variance's relative to var + ε, that of y absolute (y is standardised),
+    and that of dx relative to the largest |dx|.
+    """
     std = np.sqrt(want.var + EPSILON)
     wide = Answer(*(np.asarray(v, np.float64) for v in got))
     return {
@@ -148,7 +157,7 @@ def errors(got: Answer, want: Answer) -> dict[str, float]:
 
 
 def measure(config: Config) -> Iterator[dict[str, Any]]:
-    """One row per implementation, dtype, step and ratio."""
+    """Yields one row per implementation, dtype, step and ratio."""
     candidates = peers()
     dtypes = ("float32",) if config.quick else ("float32", "bfloat16", "float16")
     for dtype in dtypes:
@@ -166,12 +175,12 @@ COLUMNS = ("mean", "var", "y", "dx")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line per dtype, ratio, step and implementation."""
-    lines = ["| dtype | mean/std | step | implementation | mean | var | y | dx |", "|---|---|---|---|---|---|---|---|"]
+    """Makes a Markdown table with one line per dtype, ratio, step and implementation."""
+    lines = []
     for row in rows:
-        cells = " | ".join("NaN" if np.isnan(row[c]) else f"{row[c]:.0e}" for c in COLUMNS)
-        lines.append(f"| {row['dtype']} | {row['ratio']:g} | {row['step']} | {row['peer']} | {cells} |")
-    return "\n".join(lines)
+        cells = ("NaN" if np.isnan(row[c]) else f"{row[c]:.0e}" for c in COLUMNS)
+        lines.append((row["dtype"], f"{row['ratio']:g}", row["step"], row["peer"], *cells))
+    return report.table(("dtype", "mean/std", "step", "implementation", *COLUMNS), lines)
 
 
 STYLES = {
@@ -183,7 +192,9 @@ STYLES = {
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Errors of y and dx in the first step in float32; flax.nnx computes as flax.linen and is left out."""
+    """Draws errors of y and dx in the first step in float32; flax.nnx is left out, because it computes as flax.linen
+    does.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -197,38 +208,24 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def committed(config: Config) -> list[dict[str, Any]]:
-    """The lines of the last run."""
-    lines = [json.loads(line) for line in (config.out / "accuracy.jsonl").read_text().splitlines()]
-    return [line for line in lines if "peer" in line]
-
-
-def versions() -> dict[str, str]:
-    names = [n for n in ("jax", "flax", "torch", "numpy") if util.find_spec(n)]
-    return {name: metadata.version(name) for name in names}
-
-
 def main(config: Config) -> None:
+    """Measures, prints, and writes rows, page and picture."""
     if config.redraw:
-        return plot(committed(config), config.picture)
-    rows = []
-    for row in measure(config):
-        rows.append(row)
-        print(f"{row['dtype']:9s} {row['ratio']:8g} {row['step']:7s} {row['peer']:21s}", end="")
-        print("  ".join(f"{c} {row[c]:.1e}" for c in COLUMNS))
-    if config.quick:
-        return
-    config.out.mkdir(parents=True, exist_ok=True)
-    lines = [dict(kind="versions", **versions()), *rows]
-    (config.out / "accuracy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (config.out / "accuracy.md").write_text(_document(rows))
-    plot(rows, config.picture)
-    print(f"\nwritten: {config.out / 'accuracy.jsonl'}, {config.out / 'accuracy.md'}, {config.picture}")
+        return plot(report.read("accuracy"), config.picture)
+    rows = report.shown(measure(config), show)
+    if not config.quick:
+        report.keep(rows, config.out, "accuracy", "Accuracy against float64", INTRODUCTION.format(SHAPE) + table(rows))
+        plot(rows, config.picture)
 
 
-INTRODUCTION = """# Accuracy against float64
+def show(row: dict[str, Any]) -> str:
+    """Formats a row as one line for the terminal."""
+    errors = "  ".join(f"{c} {row[c]:.1e}" for c in COLUMNS)
+    return f"{row['dtype']:9s} {row['ratio']:8g} {row['step']:7s} {row['peer']:21s}{errors}"
 
-Made by `python -m experiments.bench.accuracy` with {versions}; x of shape {shape}.
+
+INTRODUCTION = """\
+x has the shape {}.
 
 Largest error over all channels: of the mean in standard deviations, of the variance relative to var + ε, of y absolute,
 of dx relative to its largest value; y and dx of half-precision input include rounding to half precision where the
@@ -236,11 +233,6 @@ implementation returns it. "first" is the first training step (running mean 0), 
 of the batch's. A variance error of 1 means that nothing is left of it.
 
 """
-
-
-def _document(rows: list[dict[str, Any]]) -> str:
-    made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return INTRODUCTION.format(versions=made, shape=SHAPE) + table(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,34 +1,27 @@
-"""The tables of accuracy and speed in the READMEs, here and of the project, made of the committed results.
+"""Writes the tables of accuracy and speed in README.md and experiments/bench/README.md from the committed results.
 
-Command:  python -m experiments.bench.readme             # writes them; --check says whether they are up to date
+Command:  python -m experiments.bench.readme             # writes them; --check tells if they are up to date
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import tyro
 
+from experiments import jsonl
+from experiments.bench import report
 from experiments.bench.clock.scaling import fits, paper
+from experiments.bench.report import RESULTS, ROOT
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "experiments" / "bench" / "results"
 PEERS = ("flax.linen", "flax.linen, accurate", "flax.nnx", "haiku", "keras", "torch", "torch, channels last")
 LARGE = 2_000_000  # elements: 8 MB in float32
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return [line for line in lines if "traffic" in line or "milliseconds" in line]
-
-
 def compiled() -> str:
-    """Traffic and collectives of a layer, and of a training step of ResNet-50, per target."""
+    """Makes a table of traffic and collectives per target, of a layer and of a training step of ResNet-50."""
     norms = ("bnjax", "flax.linen", "flax.linen, accurate")
-    found = {(row["program"], row["target"], row["norm"]): row for row in _rows("aot")}
+    found = {(row["program"], row["target"], row["norm"]): row for row in jsonl.read(RESULTS / "aot.jsonl")}
 
     traffic = lambda row: f"{row['traffic']:.1f}"  # noqa: E731
     number = lambda row: str(len(row["all_reduces"]))  # noqa: E731
@@ -48,61 +41,59 @@ def compiled() -> str:
             for t in ("v5e:2x2", "4xh100")
         ),
     ]
-    lines = [f"| forward + backward | {' | '.join(norms)} |", "|---" * (len(norms) + 1) + "|"]
+    lines = []
     for target, what, program, value in asked:
         rows = [found[program, target, norm] for norm in norms if (program, target, norm) in found]
         if len(rows) == len(norms):
-            lines.append(f"| {target}: {what} | {' | '.join(map(value, rows))} |")
-    return "\n".join(lines)
+            lines.append((f"{target}: {what}", *map(value, rows)))
+    return report.table(("forward + backward", *norms), lines)
 
 
 Times = dict[tuple[str, str, str, str], float]  # by shape, dtype, mode and peer
 
 
 def layers() -> str:
-    """How many times as long as bnjax the others take: median over the large shapes, and the range."""
-    rows = [row for row in _rows("layers") if np.prod(row["size"]) >= LARGE]
+    """Makes a table of the other libraries' times in multiples of bnjax's: median over large shapes, and range."""
+    rows = [row for row in report.read("layers") if np.prod(row["size"]) >= LARGE]
     times: Times = {(r["shape"], r["dtype"], r["mode"], r["peer"]): r["milliseconds"] for r in rows}
     dtypes = ("float32", "bfloat16")
     columns = [(mode, dtype) for mode in ("forward", "forward + backward") for dtype in dtypes]
     columns.append(("forward + backward, masked", "float32"))
-    lines = ["| | " + " | ".join(f"{mode}, {dtype}" for mode, dtype in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for peer in PEERS:
-        cells = [_times(times, (dtype, mode, peer), (dtype, mode, "bnjax")) for mode, dtype in columns]
-        lines.append(f"| {peer} | {' | '.join(cells)} |")
+    lines = [
+        (peer, *(_times(times, (dtype, mode, peer), (dtype, mode, "bnjax")) for mode, dtype in columns))
+        for peer in PEERS
+    ]
     step = ("forward + backward", "bnjax")
     masked = [_times(times, (dtype, f"{step[0]}, masked", "bnjax"), (dtype, *step)) for dtype in dtypes]
     halved = _times(times, ("bfloat16", *step), ("float32", *step))
-    lines += [
-        "",
-        f"bnjax beside itself: a mask takes {masked[0]} times the time without one in float32, {masked[1]} in",
-    ]
-    lines.append(f"bfloat16; bfloat16 takes {halved} times the time of float32.")
-    return "\n".join(lines)
+    return (
+        report.table(("library", *(f"{mode}, {dtype}" for mode, dtype in columns)), lines)
+        + f"\n\nbnjax beside itself: a mask takes {masked[0]} times the time without one in float32, {masked[1]} in"
+        + f"\nbfloat16; bfloat16 takes {halved} times the time of float32."
+    )
 
 
 def _times(times: Times, one: tuple[str, str, str], other: tuple[str, str, str]) -> str:
-    """Times of one by those of the other (dtype, mode, peer), over the shapes; empty where one has none."""
+    """Formats the median and range over shapes of one (dtype, mode, peer)'s time divided by another's; empty if not
+    measured.
+    """
     ratios = [times[shape, *one] / times[shape, *other] for shape, *key in times if tuple(key) == one]
     return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def accuracy() -> str:
-    """Errors of y in the first step in float32, by how far from zero the data is."""
+    """Makes a table of errors of y in the first step in float32, by mean/std of the data."""
     norms = ("bnjax", "flax.linen", "flax.linen, accurate", "torch")
-    lines = [json.loads(line) for line in (RESULTS / "accuracy.jsonl").read_text().splitlines()]
-    found = {(r["peer"], r["ratio"]): r["y"] for r in lines if (r.get("dtype"), r.get("step")) == ("float32", "first")}
-    rows = ["| mean/std | " + " | ".join(norms) + " |", "|---" * (len(norms) + 1) + "|"]
-    for ratio in (0, 1e2, 1e3, 1e4, 1e5):
-        cells = [f"{found[norm, ratio]:.1e}" for norm in norms]
-        rows.append(f"| {ratio:g} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    rows = [row for row in report.read("accuracy") if (row["dtype"], row["step"]) == ("float32", "first")]
+    found = {(row["peer"], row["ratio"]): row["y"] for row in rows}
+    ratios = (0, 1e2, 1e3, 1e4, 1e5)
+    lines = [(f"{ratio:g}", *(f"{found[norm, ratio]:.1e}" for norm in norms)) for ratio in ratios]
+    return report.table(("mean/std", *norms), lines)
 
 
 def scaling() -> str:
-    """How a layer's time grows, and what pooling the statistics costs."""
-    return fits.tables(fits.read(RESULTS / "scaling.jsonl"))
+    """Makes the tables of how a layer's time grows, and of what pooling the statistics costs."""
+    return fits.tables(jsonl.read(RESULTS / "scaling.jsonl"))
 
 
 Tables = dict[str, Callable[[], str]]
@@ -114,7 +105,7 @@ PAGES = {
 
 
 def updated(text: str, tables: Tables = TABLES) -> str:
-    """`text` with each table between its markers made anew."""
+    """Returns `text` with each table between its markers made anew."""
     for name, table in tables.items():
         begin, end = f"<!-- bench:{name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(begin)
@@ -124,10 +115,12 @@ def updated(text: str, tables: Tables = TABLES) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a README is out of date")
-    check = parser.parse_args().check
+def main(check: bool = False) -> None:
+    """Writes the tables of both pages.
+
+    Args:
+        check: write nothing, and exit with status 1 if a page is out of date.
+    """
     for file, tables in PAGES.items():
         text = file.read_text()
         if check and updated(text, tables) != text:
@@ -137,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,1 +1,1 @@
-"""The data that experiments read: images, text, and how they are batched."""
+"""Data for the experiments: images, text, and the pipelines that batch them."""

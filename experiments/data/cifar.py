@@ -1,4 +1,4 @@
-"""CIFAR-10 from its binary files: 10,000 records of a label and 32×32 pixels in each of six."""
+"""Reads CIFAR-10 from its six binary files; each holds 10,000 records of one label and 32×32 pixels in 3 channels."""
 
 from pathlib import Path
 
@@ -17,7 +17,10 @@ HOW_TO_GET = (
 
 
 def read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images `[N, 32, 32, 3]` uint8 and labels `[N]` int32 of `train` or `test`; folder may be the one above."""
+    """Reads images `[N, 32, 32, 3]` uint8 and labels `[N]` int32 of `part`, which is "train" or "test".
+
+    The files lie in `folder` or in its subfolder `cifar-10-batches-bin`.
+    """
     inside = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     records = np.concatenate([read_records(inside / name) for name in FILES[part]])
     images = records[:, 1:].reshape(-1, CHANNELS, SIZE, SIZE).transpose(0, 2, 3, 1)
@@ -25,7 +28,7 @@ def read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_records(path: Path) -> np.ndarray:
-    """The records of one file, `[N, 3073]` uint8, whole and with labels that exist."""
+    """Reads one file as records `[N, 3073]` uint8; raises ConfigError if it is truncated or holds an unknown label."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:

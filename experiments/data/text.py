@@ -1,8 +1,8 @@
-"""Characters: the lines of Python's own standard library, which every installation has, as padded sequences.
+"""Builds a character corpus from the source lines of Python's standard library, as padded token sequences.
 
-The modules differ between versions of Python, and bits per character with them: `Text.describe` says which corpus it
-was. A module is on the same side of the split in every version. Lines repeat (`return self`), so some test lines occur
-in training modules as well: this corpus compares networks, it does not measure how well one knows Python.
+The modules differ between Python versions, so bits per character do too; `Text.describe` records which corpus was used.
+A module is on the same side of the train/test split in every version. Some lines repeat (`return self`), so a few test
+lines also occur in training modules: use the corpus to compare networks, not to measure absolute quality.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.train.loop import Batch
+from experiments.data.pipeline import Batch
 
 PADDING = 0
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # token 1 is the newline, with which a line begins and ends
 VOCABULARY = 1 + len(CHARACTERS)
-HELD_BACK = 10  # of so many modules, one is for testing
+HELD_BACK = 10  # one module in this many is for testing
 
 
 class Text(NamedTuple):
@@ -31,7 +31,9 @@ class Text(NamedTuple):
     test: np.ndarray  # [M, T + 1] uint8
 
     def describe(self) -> dict[str, Any]:
-        """Which corpus it is: lines, characters to predict, and a text that depends on every one of them."""
+        """Returns what identifies the corpus: Python version, lines, characters to predict, and a hash over every
+        token.
+        """
         digest = hashlib.sha256(b"".join(part.tobytes() for part in self)).hexdigest()[:12]
         lines, predicted = (
             [int(n) for n in counts] for counts in (map(len, self), (np.sum(p[:, 1:] > 0) for p in self))
@@ -40,7 +42,9 @@ class Text(NamedTuple):
 
 
 def corpus(longest: int) -> Text:
-    """The lines of all modules: those of the held-back ones for testing; each cut after `longest` characters."""
+    """Builds the corpus from all modules, each line cut after `longest` characters; held-back modules are
+    for testing.
+    """
     parts: tuple[list[str], list[str]] = ([], [])
     for path in modules():
         parts[is_held_back(path)].extend(lines(path))
@@ -48,18 +52,18 @@ def corpus(longest: int) -> Text:
 
 
 def modules() -> list[Path]:
-    """The top-level modules of the standard library that are written in Python, without what is made at its build."""
+    """Returns the paths of the standard library's top-level Python modules, without those generated at build time."""
     folder = Path(sysconfig.get_path("stdlib"))
     return sorted(path for path in folder.glob("*.py") if path.stem in sys.stdlib_module_names)
 
 
 def is_held_back(path: Path) -> bool:
-    """By the name alone, so that other versions of Python split alike."""
+    """Decides by the module's name alone if its lines are for testing, so that all Python versions split alike."""
     return zlib.crc32(path.stem.encode()) % HELD_BACK == 0
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Lines of printable ASCII, without the blank ones."""
+    """Yields the non-blank lines of a file that hold printable ASCII only, without trailing white space."""
     with tokenize.open(path) as file:
         for line in map(str.rstrip, file):
             if line and line.isascii() and line.isprintable():
@@ -67,7 +71,9 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def encode(texts: Iterable[str], longest: int) -> np.ndarray:
-    """`[N, longest + 1]` tokens: a newline, the line, and a newline unless it was cut; then padding."""
+    """Encodes lines as tokens `[N, longest + 1]`: newline, the characters, newline (unless the line was
+    cut), padding.
+    """
     rows = [f"\n{text}\n"[: longest + 1].ljust(longest + 1, "\0") for text in texts]
     token = np.zeros(128, np.uint8)
     token[[ord(character) for character in CHARACTERS]] = np.arange(1, VOCABULARY)
@@ -75,11 +81,11 @@ def encode(texts: Iterable[str], longest: int) -> np.ndarray:
 
 
 def batch(tokens: np.ndarray, width: int | None = None) -> Batch:
-    """Each character with the one after it, and weight 0 where there is none.
+    """Makes inputs, labels and weights: the label of a character is the next one, and padding has weight 0.
 
     Args:
         tokens: `[N, T + 1]`.
-        width: of the batch; T if None, and with more than T, that much more padding.
+        width: positions in the batch; T if None, and a width above T adds padding.
 
     Returns:
         `{"token", "label", "weight"}`, each `[N, width]`.
@@ -90,12 +96,12 @@ def batch(tokens: np.ndarray, width: int | None = None) -> Batch:
 
 
 def inputs(batch: Batch) -> tuple[Any, Any]:
-    """What a model for text is called with: tokens, and where something is to be predicted."""
+    """Returns the arguments of a text model: the tokens, and the weights that are zero at padding."""
     return batch["token"], batch["weight"]
 
 
 def training_batches(tokens: np.ndarray, batch_size: int, *, seed: int) -> Iterator[Batch]:
-    """Without an end, in a new order in each epoch; a remainder that fills no batch is left out of that epoch."""
+    """Yields batches without end, in a new order each epoch; lines that do not fill a last batch are left out."""
     for epoch in count():
         order = np.random.default_rng([seed, epoch]).permutation(len(tokens))
         for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -103,7 +109,7 @@ def training_batches(tokens: np.ndarray, batch_size: int, *, seed: int) -> Itera
 
 
 def evaluation_batches(tokens: np.ndarray, batch_size: int, width: int | None = None) -> Iterator[Batch]:
-    """In order; the last one is filled up with empty lines, where nothing is to be predicted."""
+    """Yields all lines in order; the last batch is filled up with empty lines, whose weights are zero."""
     tokens = np.pad(tokens, [(0, -len(tokens) % batch_size), (0, 0)], constant_values=PADDING)
     for start in range(0, len(tokens), batch_size):
         yield batch(tokens[start : start + batch_size], width)

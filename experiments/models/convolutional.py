@@ -1,4 +1,4 @@
-"""Networks for images that take their normalisation as an argument: the article's, and ResNet-20."""
+"""Defines the image networks that take their normalization as an argument: plain ones, and ResNet-20."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,8 +14,8 @@ Norm = Callable[..., nn.Module]
 class ConvNet(nn.Module):
     """Blocks of Conv 3×3 → norm → ReLU → max-pool 2×2, then one Dense layer that gives the logits.
 
-    `norm(use_running_average=...)` builds the normalisation of each block: a class or a `functools.partial` of one. The
-    convolutions have no bias, which the normalisation would take away again. `dtype` is that of the activations.
+    `norm(use_running_average=...)` builds the normalization of each block: a class or a `functools.partial` of one. The
+    convolutions have no bias, because the normalization would subtract it again. `dtype` is that of the activations.
     """
 
     norm: Norm
@@ -25,20 +25,20 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, H, W, C]` float. Returns the logits, `[N, classes]`."""
+        """Computes logits `[N, classes]` from float images `[N, H, W, C]`."""
         x = images
         for width in self.widths:
             x = nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype)(x)
             x = self.norm(use_running_average=not train)(x)
             x = max_pool(nn.relu(x))
-        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(len(x), -1))
+        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
 class StridedNet(nn.Module):
     """Blocks of Conv 3×3 with stride 2 → norm → ReLU, and a Dense layer that gives the logits.
 
-    Cheaper than `ConvNet`, and its last blocks have few positions: what is normalised over few images is normalised
-    over few values, as in the last stage of a ResNet.
+    Cheaper than `ConvNet`. Its last blocks have few positions, so that statistics over few images are statistics over
+    few values, as in the last stage of a ResNet.
     """
 
     norm: Norm
@@ -47,16 +47,16 @@ class StridedNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, H, W, C]` float. Returns the logits, `[N, classes]`."""
+        """Computes logits `[N, classes]` from float images `[N, H, W, C]`."""
         x = images
         for width in self.widths:
             x = nn.Conv(width, (3, 3), strides=2, use_bias=False)(x)
             x = nn.relu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(self.classes)(x.reshape(len(x), -1))
+        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
 
 
 class Unnormalised(nn.Module):
-    """In the place of a norm: x as it is."""
+    """Returns x unchanged: stands in for a normalization in networks that have none."""
 
     use_running_average: bool | None = None
 
@@ -67,8 +67,8 @@ class Unnormalised(nn.Module):
 class ResNet20(nn.Module):
     """ResNet-20 for small images, of He et al. 2016, section 4.2: a convolution, three stages of three blocks, Dense.
 
-    `norm` and `dtype` as in ConvNet; 0.27 million parameters at the paper's widths. Source:
-    https://arxiv.org/abs/1512.03385
+    `norm(use_running_average=...)` builds each normalization, and `dtype` is that of the activations. 0.27 million
+    parameters at the paper's widths. Source: https://arxiv.org/abs/1512.03385
     """
 
     norm: Norm
@@ -79,7 +79,7 @@ class ResNet20(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, H, W, C]` float. Returns the logits, `[N, classes]`."""
+        """Computes logits `[N, classes]` from float images `[N, H, W, C]`."""
         norm = partial(self.norm, use_running_average=not train)
         conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
         x = nn.relu(norm()(conv(self.widths[0])(images)))
@@ -93,18 +93,19 @@ class ResNet20(nn.Module):
 
 
 def shortcut(x: jax.Array, width: int, stride: int) -> jax.Array:
-    """The paper's option A: every stride-th position, and channels of zeros for those that are new."""
+    """Applies the paper's option A: subsamples positions by `stride` and pads with zero channels up to `width`."""
     x = x[:, ::stride, ::stride]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """The maximum of each 2×2 window; an odd last row or column is left out, as `nn.max_pool` does.
+    """Takes the maximum of each 2×2 window; an odd last row or column is left out, as `nn.max_pool` does.
 
-    A reshape and two maxima of pairs. The gradient of `nn.max_pool` is a select-and-scatter, which makes a whole
-    training step 1.4 times slower on the CPU; that of `max` divides by the number of elements that equal the maximum:
-    none, and NaN, where XLA computes x once more and rounds it otherwise (`jax_disable_most_optimizations` shows it).
-    Tied maxima share the gradient here, where `nn.max_pool` gives it to the first.
+    It is a reshape and two pairwise maxima, because the gradient of `nn.max_pool` is a select-and-scatter that makes a
+    whole training step 1.4 times slower on the CPU. The gradient of `x.max(axis)` is not safe: it divides by the number
+    of elements equal to the maximum, and where XLA recomputes x with another rounding, that number is 0 and the
+    gradient NaN (`jax_disable_most_optimizations` shows it). Tied maxima share the gradient here; `nn.max_pool` gives
+    it to the first.
     """
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)

@@ -1,8 +1,8 @@
-"""Two small networks that predict the next token, with the normalisation as an argument.
+"""Defines two small networks that predict the next token and take their normalization as an argument.
 
-Padding comes after a sequence and both networks look back only, so that what stands there can reach a prediction by
-one way alone: the statistics of a normalisation that counts it in. In training mode statistics over time have another
-effect: position t is normalised by what comes after it, so a training loss is not quite that of a causal model.
+Padding follows a sequence and both networks are causal, so padding can change a prediction only through a normalization
+whose statistics include it. In training mode, statistics over time also let position t depend on later positions of the
+batch, so the training loss is not exactly that of a causal model.
 """
 
 import jax
@@ -20,14 +20,14 @@ class Transformer(nn.Module):
 
     norm: Norm
     vocabulary: int
-    masked: bool = True  # whether the norms are told where the padding is
+    masked: bool = True  # whether the norms get the mask of the padding
     width: int = 64
     layers: int = 2
     heads: int = 4
 
     @nn.compact
     def __call__(self, tokens: jax.Array, weight: jax.Array, *, train: bool) -> jax.Array:
-        """tokens: `[N, T]` int; weight: `[N, T]`, zero at padding. Returns the logits, `[N, T, vocabulary]`."""
+        """Computes logits `[N, T, vocabulary]` from tokens `[N, T]` int and weights `[N, T]`, zero at padding."""
         mask, norm = mask_of(weight, self.masked), lambda: self.norm(use_running_average=not train)
         x = nn.Embed(self.vocabulary, self.width)(tokens) + places(tokens.shape[1], self.width)[None]
         for _ in range(self.layers):
@@ -39,9 +39,10 @@ class Transformer(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Layers of norm → LSTM and one Dense layer; the norm is that of a whole sequence, outside the recurrence.
+    """Layers of norm → LSTM and one Dense layer; the norm acts on the whole sequence, outside of the recurrence.
 
-    So in Laurent et al. 2016, https://arxiv.org/abs/1510.01378. `norm` and `masked` as in `Transformer`.
+    This is the placement of Laurent et al. 2016, https://arxiv.org/abs/1510.01378. `norm` and `masked` are as in
+    `Transformer`.
     """
 
     norm: Norm
@@ -52,7 +53,7 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, weight: jax.Array, *, train: bool) -> jax.Array:
-        """tokens: `[N, T]` int; weight: `[N, T]`, zero at padding. Returns the logits, `[N, T, vocabulary]`."""
+        """Computes logits `[N, T, vocabulary]` from tokens `[N, T]` int and weights `[N, T]`, zero at padding."""
         mask, norm = mask_of(weight, self.masked), lambda: self.norm(use_running_average=not train)
         x = nn.Embed(self.vocabulary, self.width)(tokens)
         for _ in range(self.layers):
@@ -61,16 +62,18 @@ class LSTM(nn.Module):
 
 
 def layer_norm(use_running_average: bool) -> nn.Module:
-    """LayerNorm where a norm with statistics is asked for: each position by itself, so it needs no mask either."""
+    """Builds a LayerNorm with the interface of a batch normalization; it normalizes each position alone and needs no
+    mask.
+    """
     return nn.LayerNorm()
 
 
 def mask_of(weight: jax.Array, masked: bool) -> jax.Array | None:
-    """`[N, T, 1]` bool, for statistics over what is not padding."""
+    """Returns a mask `[N, T, 1]` bool that is False at padding, or None if the norms are not to be masked."""
     return weight[..., None] > 0 if masked else None
 
 
 def places(length: int, width: int) -> np.ndarray:
-    """`[length, width]` sines and cosines, for any length (Vaswani et al. 2017, section 3.5)."""
+    """Returns sinusoidal position encodings `[length, width]` float32, of Vaswani et al. 2017, section 3.5."""
     angle = np.arange(length)[:, None] / 10_000 ** (np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)

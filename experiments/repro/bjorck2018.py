@@ -5,9 +5,9 @@ Command:  python -m experiments.repro.bjorck2018                 # --smoke: seco
 Hardware: 2 CPU cores
 Time:     9 min of one core
 
-Bjorck, Gomes, Selman & Weinberger 2018, https://arxiv.org/abs/1806.02375, figure 1 (there a ResNet on CIFAR-10), and
-the article's comparison of a CNN with BN and one without. Three times conv 3×3 → norm → ReLU → pooling, and a Dense
-layer; SGD with momentum 0.9, batches of 50 of the 4,000 digits.
+Bjorck, Gomes, Selman & Weinberger 2018, https://arxiv.org/abs/1806.02375, figure 1 (there a ResNet on CIFAR-10).
+Three times conv 3×3 → norm → ReLU → pooling, and a Dense layer, with BN and without; SGD with momentum 0.9, batches of
+50 of the 4,000 digits.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ TRAINED = 0.9  # accuracy that counts as trained
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Loss and accuracy on the held-back digits."""
+    """Trains one setting, and yields loss and accuracy on the held-back digits as training goes on."""
     norm, rate = SETTINGS[setting]
     options = dict(steps=config.pick(400, 20, full=4_000), every=20, batch_size=50, seed=seed)
     model = ConvNet(NORMS[norm], widths=(8, 16, 32))
@@ -38,7 +38,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def table(lines: list[study.Line]) -> str:
-    """Final accuracy for each rate; the rates that train; the steps to the level at the best of them."""
+    """Makes a table: final accuracy at each rate, the rates that train, and the steps to 90 % at the best of them."""
     text = [f"| | {' | '.join(f'rate {rate:g}' for rate in RATES)} | rates that train | steps to 90 % at the best |"]
     text.append("|---" * (len(RATES) + 3) + "|")
     for norm in NORMS:
@@ -54,7 +54,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Final accuracy by rate, and the curves of each norm at its best rate."""
+    """Draws final accuracy by learning rate, and the curves of each norm at its best rate."""
     by_rate, by_step = figure.subplots(1, 2)
     for norm in NORMS:
         runs = [study.curves(lines, f"{norm}, rate {rate:g}", "step", "accuracy") for rate in RATES]

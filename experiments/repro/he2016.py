@@ -32,14 +32,14 @@ RUNS = Path("runs/resnet20")
 
 
 def defaults(options: Sequence[str]) -> Config:
-    """The options of `experiments.train` that are not given, for the size that is."""
+    """Returns the default options for the size (--smoke, --full or neither) that is among `options`."""
     size = next((size for size in SIZES if size in options), None)
     blank = Config()
     return replace(blank, training=SIZES.get(size, USUAL), files=replace(blank.files, runs=RUNS))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains; returns the exit status."""
+    """Trains, and returns the exit status."""
     options = [option for option in argv if option not in SIZES]
     return train.main(options, default=defaults(argv), prog=f"python -m {__spec__.name}", description=__doc__)
 

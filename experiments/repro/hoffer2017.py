@@ -36,7 +36,7 @@ HIGHER = RATE * (LARGE / SMALL) ** 0.5
 
 
 class Setting(NamedTuple):
-    """By default a large batch with the higher rate."""
+    """Options of one training; by default a large batch with the higher learning rate."""
 
     norm: Norm
     devices: int = 1
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
 
 BN, GHOST = partial(BatchNorm, momentum=0.9), partial(GhostBatchNorm, momentum=0.9)
 GHOST_64 = partial(GHOST, virtual_batch_size=SMALL, axis_name=DATA)
-GLOBAL, LOCAL = partial(BN, axis_name=DATA), partial(BN, stats_axis_name=DATA)  # whose statistics normalise
+GLOBAL, LOCAL = partial(BN, axis_name=DATA), partial(BN, stats_axis_name=DATA)  # normalize by all devices, by each
 PAPER = {
     "small batch": Setting(GLOBAL, batch=SMALL, rate=RATE),
     "large batch": Setting(GLOBAL, rate=RATE),
@@ -66,7 +66,7 @@ DEVICES = {
     "local, 8 devices": Setting(LOCAL, devices=8),
 }
 SETTINGS = PAPER | DEVICES
-# Which normalise the same images together, and how many.
+# Settings that normalize the same images together as another one, and how many images.
 SAME = {
     "global, 8 devices": ("+ higher rate", 512),
     "global, 8 devices, plain jit": ("+ higher rate", 512),
@@ -83,7 +83,7 @@ class FullyConnected(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, 28, 28, 1]` float. Returns the logits, `[N, 10]`."""
+        """Computes logits `[N, 10]` from float images `[N, 28, 28, 1]`."""
         x = images.reshape(len(images), -1)
         for _ in range(4):
             x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(128, use_bias=False)(x)))
@@ -91,7 +91,7 @@ class FullyConnected(nn.Module):
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Loss, and accuracy on the test images, at the same shares of the training."""
+    """Trains one setting, and yields loss and test accuracy at equal fractions of the training."""
     norm, devices, partition, batch, rate, passes = SETTINGS[setting]
     data = study.pictures(config)
     train = Labelled(*(part[: config.pick(5_000, 1_000, full=60_000)] for part in data.train))
@@ -105,19 +105,19 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def error(lines: list[study.Line], setting: str) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of the training `[T]`, and the test error in % of every seed `[seeds, T]`."""
+    """Returns the fractions of the training `[T]`, and the test error in % of every seed `[seeds, T]`."""
     share, accuracy = study.curves(lines, setting, "share", "accuracy")
     return share, 100 * (1 - accuracy)
 
 
 def apart(lines: list[study.Line], setting: str, other: str, name: str) -> np.ndarray:
-    """How far two curves lie from each other, the largest over seeds, `[T]`."""
+    """Returns the largest difference over seeds between the curves of two settings, `[T]`."""
     one, two = (study.curves(lines, which, "step", name)[1] for which in (setting, other))
     return np.abs(one - two).max(0)
 
 
 def table(lines: list[study.Line]) -> str:
-    """The paper's table, and how far apart the curves are that ought to be the same."""
+    """Makes two tables: the paper's, and the differences between curves that should be equal."""
     text = ["| | test error, % | training accuracy, % |", "|---|---|---|"]
     for setting in SETTINGS:
         accuracy = 100 * study.curves(lines, setting, "step", "train_accuracy")[1][:, -1]
@@ -136,7 +136,9 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """The paper's table as curves; curves of many devices on those of few; error by images normalised together."""
+    """Draws the paper's settings, equal settings on many and on few devices, and error by images normalized
+    together.
+    """
     paper, same, by_images = figure.subplots(1, 3)
     for setting in PAPER:
         study.band(paper, *error(lines, setting), label=setting)
@@ -167,7 +169,7 @@ def draw(lines: list[study.Line], figure: Figure) -> None:
 
 
 def first(lines: list[study.Line], setting: str) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of the first seed."""
+    """Returns the fractions of the training and the loss of the first seed."""
     share, loss = study.curves(lines, setting, "share", "loss")
     return share, loss[0]
 

@@ -43,24 +43,27 @@ class Sigmoids(nn.Module):
         self.norms = [self.norm() for _ in range(3)]
 
     def inputs(self, images: jax.Array, train: bool) -> jax.Array:
-        """What the last sigmoids are given, `[N, 100]`."""
+        """Computes the inputs of the last sigmoids, `[N, 100]`."""
         x = images.reshape(len(images), -1)
         for i, (dense, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             x = norm(dense(nn.sigmoid(x) if i else x), use_running_average=not train)
         return x
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, 28, 28, 1]` float. Returns the logits, `[N, 10]`."""
+        """Computes logits `[N, 10]` from float images `[N, 28, 28, 1]`."""
         return self.head(nn.sigmoid(self.inputs(images, train)))
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Accuracy on the held-back digits, and percentiles of one sigmoid's input over all of them, in training mode."""
+    """Trains one setting; yields test accuracy, and percentiles over the test digits of one sigmoid's input in training
+    mode.
+    """
     data, model = embedded_digits(), Sigmoids(NORMS[setting])
     probe = {"image": jnp.asarray(data.test.images)}
 
     @jax.jit
     def look(params: Any, stats: Any) -> jax.Array:
+        """Computes the percentiles of one sigmoid's input over the test digits."""
         variables = {"params": params, "batch_stats": stats}
         x, _ = model.apply(variables, as_float(probe), True, method="inputs", mutable=["batch_stats"])
         return jnp.percentile(x[:, UNIT], jnp.array(PERCENTILES))
@@ -71,7 +74,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def table(lines: list[study.Line]) -> str:
-    """Steps to two accuracies, the final one, and how far the median of the sigmoid's input wanders."""
+    """Makes a table: steps to two accuracies, the final accuracy, and how far the median input of the sigmoid moves."""
     text = [
         "| | steps to 80 % | steps to 90 % | final accuracy | wandering of the median input |",
         "|---|---|---|---|---|",
@@ -87,7 +90,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Accuracy; and the sigmoid's input without and with BN, as the paper's (a), (b), (c)."""
+    """Draws accuracy, and percentiles of the sigmoid's input without and with BN, as the paper's (a), (b), (c)."""
     accuracy, *inputs = figure.subplots(1, 3)
     for setting in NORMS:
         study.band(accuracy, *study.curves(lines, setting, "step", "accuracy"), label=setting)

@@ -32,7 +32,7 @@ KINDS = {"wrong": "1,000 digits, wrong labels", "few": "200 digits"}
 
 
 class NoisyBatchNorm(nn.Module):
-    """BN by the statistics of the whole batch, with the noise that those of `ROWS` Gaussian rows would have."""
+    """Normalizes by the statistics of the whole batch, with noise like that of statistics over `ROWS` Gaussian rows."""
 
     use_running_average: bool
 
@@ -56,7 +56,7 @@ NORMS = {
 
 
 class Trained(NamedTuple):
-    """A setting."""
+    """Options of one training: the norm, the kind of training set, and the batch size."""
 
     norm: str
     kind: str
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """images: `[N, 28, 28, 1]` float. Returns the logits, `[N, 10]`."""
+        """Computes logits `[N, 10]` from float images `[N, 28, 28, 1]`."""
         x = images.reshape(len(images), -1)
         for _ in range(2):
             x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(self.width)(x)))
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 def digits(kind: str) -> Splits:
-    """1,000 or 200 of the embedded digits for training, and 4,000 others for testing."""
+    """Returns the training set of this kind, 1,000 or 200 of the embedded digits, and 4,000 others for testing."""
     others, train = embedded_digits()
     if kind == "few":
         train = stratified_split(train, 20).test
@@ -100,10 +100,10 @@ def digits(kind: str) -> Splits:
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Accuracy on test digits, and on the training digits with the labels they have, in evaluation mode.
+    """Trains one setting; yields accuracy on the test digits, and on the training digits with their given labels.
 
-    The rate is proportional to the batch, so that the noise of the gradient is about the same; that of the statistics
-    is not. As many passes over the digits as batches of 100 make.
+    All are in evaluation mode. The rate is proportional to the batch, so that the noise of the gradient stays about the
+    same while that of the statistics changes. The number of epochs is that of batches of 100.
     """
     norm, kind, batch = SETTINGS[setting]
     data, model = digits(kind), MLP(NORMS[norm], config.pick(128, 8, full=1_024))
@@ -116,7 +116,9 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def ends(lines: list[study.Line], setting: str) -> dict[str, np.ndarray]:
-    """`[seeds]` of each: what is known of the training labels and of the test digits at the end, and at its best."""
+    """Returns, for every seed, fitted training labels and test accuracy at the end, the best test accuracy, and two
+    gaps.
+    """
     last = {
         name: study.curves(lines, setting, "step", name)[1]
         for name in ("fitted", "accuracy", "test_loss", "fitted_loss")
@@ -131,7 +133,7 @@ def ends(lines: list[study.Line], setting: str) -> dict[str, np.ndarray]:
 
 
 def table(lines: list[study.Line]) -> str:
-    """What is overfitted at the end of each setting."""
+    """Makes a table of what each setting has overfitted at its end."""
     found = {setting: ends(lines, setting) for setting in SETTINGS}
     names = list(next(iter(found.values())))
     text = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -140,7 +142,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Test accuracy of each norm with wrong labels and with few digits; and at the end by batch size."""
+    """Draws test accuracy of each norm with wrong labels and with few digits, and final accuracy by batch size."""
     *by_pass, by_batch = figure.subplots(1, len(KINDS) + 1)
     for axes, kind in zip(by_pass, KINDS, strict=True):
         for norm in NORMS:

@@ -39,7 +39,7 @@ Gradient = Callable[[Any], tuple[jax.Array, Any]]
 
 
 def loss_of(model: nn.Module, stats: Any, batch: Labelled) -> Gradient:
-    """`params -> (loss, gradient)` of one batch in training mode."""
+    """Returns a function `params -> (loss, gradient)` of one batch in training mode."""
     fields = {"image": batch.images, "label": batch.labels}
 
     def loss(params: Any) -> jax.Array:
@@ -51,12 +51,12 @@ def loss_of(model: nn.Module, stats: Any, batch: Labelled) -> Gradient:
 
 
 def change(a: Any, b: Any) -> study.Line:
-    """The distance and the cosine of two gradients."""
+    """Returns the distance and the cosine between two gradients."""
     return {"distance": tree.norm(tree.sub(a, b)), "cosine": tree.vdot(a, b) / (tree.norm(a) * tree.norm(b))}
 
 
 def moved(params: Any, gradient: Any, factors: jax.Array) -> Any:
-    """A step down the gradient whose length differs from layer to layer, `[layers]`, in learning rates."""
+    """Takes a step down the gradient, with a length for each layer in `factors` `[layers]`, in learning rates."""
     return {
         name: tree.add_scale(params[name], -RATE * factors[layer], gradient[name])
         for layer, names in enumerate(LAYERS)
@@ -66,14 +66,16 @@ def moved(params: Any, gradient: Any, factors: jax.Array) -> Any:
 
 
 def shift_of(layer: int, gradient: Any, shifted: Any) -> study.Line:
-    """The change of one layer's gradient; `shifted` holds those of all layers, `[layers - 1, ...]`, one for each."""
+    """Measures how the gradient of one layer changes; `shifted` stacks the gradients after a step of the layers below
+    it.
+    """
     names = [name for name in LAYERS[layer] if name in gradient]
     after = {name: jax.tree.map(lambda g: g[layer - 1], shifted[name]) for name in names}
     return change({name: gradient[name] for name in names}, after)
 
 
 def look(objective: Gradient, params: Any) -> study.Line:
-    """Along the gradient; and of each layer, when the layers below it have taken their step (definition 2.1)."""
+    """Measures loss and gradient along a step, and how each layer's gradient changes when the layers below it step."""
     _, gradient = objective(params)
     along = jnp.repeat(jnp.asarray(LENGTHS, jnp.float32)[:, None], len(LAYERS), 1)
     below = jnp.tri(len(LAYERS), k=-1)[1:]
@@ -88,7 +90,7 @@ def look(objective: Gradient, params: Any) -> study.Line:
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """What `look` finds, in the course of training by plain SGD."""
+    """Trains by plain SGD, and yields what `look` measures as training goes on."""
     data = study.pictures(config)
     model = ConvNet(NORMS[setting], config.pick((8, 16, 32), (2, 4, 4), full=(32, 64, 128)))
     order = np.random.default_rng(seed).permutation(len(data.train.labels))[:BATCH]
@@ -100,12 +102,14 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def course(lines: list[study.Line], setting: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and what was found there `[seeds, T, lengths or layers]`."""
+    """Returns the steps, and what was measured there, `[seeds, T, step lengths or layers]`."""
     return study.curves(lines, setting, "step", name)
 
 
 def table(lines: list[study.Line]) -> str:
-    """Means over the course of training; the largest over the lengths for the loss, the distance and the smoothness."""
+    """Makes a table of means over the training; loss range, distance and smoothness are the largest over
+    step lengths.
+    """
     above = range(2, len(LAYERS) + 1)
     text = [
         "| | accuracy | range of the loss | gradient: distance | by the way gone (β) | cosine after 1, 4 rates | "
@@ -127,13 +131,13 @@ def table(lines: list[study.Line]) -> str:
 
 
 def between(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    """The range over the lengths, the mean of the seeds."""
+    """Fills the range over step lengths, averaged over seeds."""
     low, high = values.min(2).mean(0), values.max(2).mean(0)
     axes.fill_between(steps, low, high, alpha=0.4, label=label)
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """The three pictures of the paper's figure 4, and what its figure 2 shows, the shift."""
+    """Draws the three panels of the paper's figure 4, the cosine, and the internal covariate shift of its figure 2."""
     (loss, distance, smoothness), (cosine, shift, turn) = figure.subplots(2, 3)
     for i, setting in enumerate(NORMS):
         between(loss, *course(lines, setting, "losses"), label=setting)

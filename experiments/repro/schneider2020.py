@@ -9,7 +9,7 @@ Schneider et al. 2020, https://arxiv.org/abs/2006.16971: a ResNet-50 on ImageNet
 the statistics of training and 62.2 % with those of the corrupted images (`bnjax.tools.adapt_statistics`); few images
 do too where the old statistics count as a number N of images beside them. Wang et al. 2021,
 https://arxiv.org/abs/2006.10726: Tent also takes a step on scale and bias with each batch, so that the entropy of the
-predictions falls (`bnjax.tools.tent`). Here the article's ConvNet and those of `experiments.data.corruptions`;
+predictions falls (`bnjax.tools.tent`). Here a ConvNet of three blocks and those of `experiments.data.corruptions`;
 Tent with Adam at 0.001 and 20 batches of 100, from the trained network anew for each corruption and strength.
 """
 
@@ -33,17 +33,19 @@ from experiments.models.convolutional import ConvNet
 from experiments.repro import study
 
 SETTING, CLEAN, BATCH = "ConvNet with BN", "none", 100
-SIZES, PRIORS, MIDDLE, FEW = (1, 5, 20, 100), (0, 16), 3, 5  # by the size of the batch, on a fifth of the images
+SIZES, PRIORS, MIDDLE, FEW = (1, 5, 20, 100), (0, 16), 3, 5  # errors by batch size: on 1/FEW of the images
 Predict = Callable[[Any, jax.Array], jax.Array]  # (variables, images [B, n, 28, 28, 1]) -> logits [B, n, 10]
 
 
 def source(model: nn.Module) -> Predict:
-    """With the statistics of training."""
+    """Builds predictions with the statistics of training."""
     return jax.vmap(partial(model.apply, train=False), (None, 0))
 
 
 def adapted(model: nn.Module, prior: int = 0) -> Predict:
-    """Each batch with its own statistics, beside which those of training count as `prior` images."""
+    """Builds predictions in which each batch uses its own statistics, mixed with those of training as
+    `prior` images.
+    """
 
     def predict(variables: Any, x: jax.Array) -> jax.Array:
         _, found = model.apply(variables, x, train=True, mutable=["batch_stats", "moments"])
@@ -54,7 +56,7 @@ def adapted(model: nn.Module, prior: int = 0) -> Predict:
 
 
 def tented(model: nn.Module) -> Predict:
-    """Each batch with its own statistics, and after each a step of Tent."""
+    """Builds predictions in which each batch uses its own statistics, followed by a step of Tent."""
 
     def predict(variables: Any, batches: jax.Array) -> jax.Array:
         stats = variables["batch_stats"]
@@ -79,7 +81,7 @@ METHODS = {"statistics of training": source, "adapted statistics": adapted, "Ten
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Trains once; then the errors of each method by corruption and strength, and by the size of the batch."""
+    """Trains once, then yields the error of each method by corruption and strength, and by batch size."""
     data, model = (
         study.pictures(config),
         ConvNet(partial(BatchNorm, momentum=0.9), widths=config.pick((8, 16, 32), (4, 4), (16, 32, 64))),
@@ -104,7 +106,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def errors(predict: Predict, variables: Any, labels: np.ndarray, size: int) -> Callable[[np.ndarray], float]:
-    """`measure(images)`: the share of wrong classes, in batches of `size` images."""
+    """Returns `measure(images)`, which computes the fraction of wrong predictions in batches of `size` images."""
 
     @jax.jit
     def wrong(batches: jax.Array) -> jax.Array:
@@ -115,7 +117,7 @@ def errors(predict: Predict, variables: Any, labels: np.ndarray, size: int) -> C
 
 
 def table(lines: list[study.Line]) -> str:
-    """Errors in %, the mean over the strengths."""
+    """Makes a table of errors in %, averaged over the strengths."""
     text = [f"| error, % | {' | '.join(METHODS)} |", "|---" * (1 + len(METHODS)) + "|"]
     for name in (CLEAN, *CORRUPTIONS):
         text.append(f"| {name} | {' | '.join(study.spread(mean_error(lines, m, [name]), 1) for m in METHODS)} |")
@@ -124,7 +126,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def mean_error(lines: list[study.Line], method: str, names: Any, strengths: slice = slice(None)) -> np.ndarray:
-    """`[seeds]`, in %, over corruptions and strengths."""
+    """Returns the error in % for each seed, averaged over corruptions and strengths."""
     here = [line for line in lines if line.get("method") == method and line["corruption"] in names]
     seeds = sorted({line["seed"] for line in here})
     return np.array(
@@ -133,7 +135,7 @@ def mean_error(lines: list[study.Line], method: str, names: Any, strengths: slic
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """The errors of each method by corruption, and by the size of the batch."""
+    """Draws the errors of each method by corruption, and by batch size."""
     by_kind, by_size = figure.subplots(1, 2, width_ratios=(3, 1))
     names = (CLEAN, *CORRUPTIONS)
     for i, method in enumerate(METHODS):

@@ -29,10 +29,11 @@ from matplotlib.figure import Figure
 from bnjax.linen import BatchNorm, PowerNorm
 from bnjax.tools import recalibrate
 from experiments.data import text
+from experiments.data.pipeline import Batch
 from experiments.models.sequential import LSTM, Transformer, layer_norm
 from experiments.repro import study
 from experiments.train.devices import data_mesh
-from experiments.train.loop import Batch, TrainState, count, evaluate, make_eval_step
+from experiments.train.loop import TrainState, count, evaluate, make_eval_step
 
 LONGEST, BATCH, RATE, TIMES = 64, 32, 3e-3, (1, 2, 4)
 MODELS = {"Transformer": Transformer, "LSTM": LSTM}
@@ -48,12 +49,14 @@ corpus = cache(text.corpus)
 
 
 def bits(nats: float) -> float:
-    """Of a cross-entropy."""
+    """Converts a cross-entropy from nats to bits."""
     return nats / np.log(2)
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Bits per character by step; at the end in training mode, and by the padding behind the statistics."""
+    """Trains one setting; yields bits per character by step, then in training mode and by padding behind the
+    statistics.
+    """
     data, (build, norm, masked) = corpus(LONGEST), SETTINGS[setting]
     size = config.pick({}, {"width": 8, "layers": 1})
     model, lines = build(norm, text.VOCABULARY, masked, **size), config.pick(400, 100)
@@ -78,7 +81,9 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def in_training_mode(model: nn.Module, state: TrainState, batches: Iterator[Batch]) -> float:
-    """Bits per character where each batch is normalised by itself, and by what comes later in its lines."""
+    """Computes bits per character when each batch is normalized by its own statistics, which include later
+    positions.
+    """
 
     @jax.jit
     def step(state: TrainState, batch: Batch) -> Any:
@@ -89,13 +94,15 @@ def in_training_mode(model: nn.Module, state: TrainState, batches: Iterator[Batc
 
 
 def in_evaluation_mode(model: nn.Module) -> Callable[[TrainState, Iterator[Batch]], float]:
-    """`measure(state, batches)` in bits per character, with the running averages of the state."""
+    """Returns `measure(state, batches)`, which computes bits per character with the running averages of the state."""
     step = make_eval_step(model, data_mesh(1), text.inputs)
     return lambda state, batches: bits(evaluate(step, state, batches, data_mesh(1))["loss"])
 
 
 def retaken(model: nn.Module, state: TrainState, batches: Iterator[Batch]) -> TrainState:
-    """The state with the statistics of these batches, if it has any."""
+    """Replaces the running averages of the state by statistics of these batches; a state without averages
+    is unchanged.
+    """
     if not state.batch_stats:
         return state
 
@@ -107,7 +114,7 @@ def retaken(model: nn.Module, state: TrainState, batches: Iterator[Batch]) -> Tr
 
 
 def table(lines: list[study.Line]) -> str:
-    """The last bits per character of each kind."""
+    """Makes a table of the last bits per character in each mode and with each padding."""
     widths, _ = study.curves(lines, next(iter(SETTINGS)), "times", "bits")
     statistics = " | ".join(f"statistics of {times}× the width" for times in widths)
     text = [f"| | training | test, training mode | test, evaluation mode | {statistics} |"]
@@ -121,7 +128,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Bits per character by step, and by the padding behind the statistics, of both networks."""
+    """Draws bits per character of both networks by step, and by the padding behind the statistics."""
     looks = dict(zip(NORMS, ("o-", "s--", "v-.", "d:"), strict=True))
     for (by_step, by_padding), model in zip(figure.subplots(2, 2).T, MODELS, strict=True):
         for norm, look in looks.items():

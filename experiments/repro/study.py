@@ -1,12 +1,11 @@
-"""What every reproduction shares: trials of each setting with several seeds, JSON lines, a table, a picture.
+"""Runs the trials of a reproduction with several seeds, and writes JSON lines, a table and a picture.
 
-A reproduction is a module `experiments.repro_<paper>_<figure>` with a `Study`: its settings, a `trial` that yields the
-lines of one setting and seed, and a `table` and a `draw` that read those lines alone. A trial's lines are written when
-it is over, so that a study which was stopped goes on with the trials that are missing.
+A reproduction is a module `experiments.repro.<paper>` with a `Study`: its settings, a `trial` that yields the lines of
+one setting and seed, and a `table` and a `draw` that read only those lines. The lines of a trial are written when it is
+complete, so that a study which was stopped continues with the missing trials.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +24,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from experiments import jsonl
 from experiments.data.images import Labelled, Splits, load
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError
+from experiments.jsonl import Line
 from experiments.train.config import Files, Hardware
 from experiments.train.devices import data_mesh, describe, start
 from experiments.train.loop import (
-    Batch,
     Inputs,
     Partition,
     TrainState,
@@ -43,47 +43,46 @@ from experiments.train.loop import (
     make_train_step,
 )
 
-Line = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How much is run, and where it goes."""
+    """Options of a study: how much is run, and where the results go."""
 
     seeds: int = 3
-    """Trials of each setting."""
+    """Trials of each setting, with the seeds 0, 1, ..."""
     smoke: bool = False
-    """Seconds: a few steps of each setting with one seed, into a folder `smoke`."""
+    """Run for seconds only: a few steps of each setting with one seed, into a folder `smoke`."""
     full: bool = False
-    """The size of the paper, for larger machines, into a folder `full`."""
+    """Run at the size of the paper, for larger machines, into a folder `full`."""
     out: Path = RESULTS
     """Folder of the .jsonl, .md and .png."""
     data_dir: Path = Files.data_dir
     """Folder of the Fashion-MNIST files, for the studies that use them."""
 
     def pick(self, usual: Any, smoke: Any, full: Any = None) -> Any:
-        """One of three sizes."""
+        """Returns one of three sizes: `smoke` with --smoke, `full` (if given) with --full, else `usual`."""
         if self.smoke:
             return smoke
         return full if self.full and full is not None else usual
 
 
 class Study(NamedTuple):
-    """A claim, and how it is looked at."""
+    """A reproduction of one claim: its settings, its trial, and how the results are tabulated and drawn."""
 
     name: str  # of the module, without the package
     settings: Sequence[str]
     trial: Callable[[str, int, Config], Iterator[Line]]  # (setting, seed, config) -> lines
     table: Callable[[list[Line]], str]  # Markdown
     draw: Callable[[list[Line], Figure], None]
-    devices: int = 1  # that are simulated
+    devices: int = 1  # number of simulated devices
     size: tuple[float, float] = (10, 4)  # of the picture
 
 
-def run(study: Study, doc: str | None) -> None:
-    """The command line of a study."""
-    config = tyro.cli(Config, description=doc)
+def run(study: Study, doc: str | None, results: Path = RESULTS) -> None:
+    """Runs the command line of a study, whose results lie in the folder `results` by default."""
+    config = tyro.cli(Config, description=doc, default=Config(out=results))
     start(Hardware(devices=study.devices))
     try:
         with _compiled_once():
@@ -95,7 +94,7 @@ def run(study: Study, doc: str | None) -> None:
 
 @contextmanager
 def _compiled_once() -> Iterator[None]:
-    """The seeds of a setting share what XLA compiled, which for small networks takes longer than their training."""
+    """Shares compiled programs between the seeds of a setting: small networks compile longer than they train."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     with TemporaryDirectory() as folder:
@@ -110,7 +109,8 @@ def _compiled_once() -> Iterator[None]:
 
 
 def _run(study: Study, config: Config) -> None:
-    if config.smoke:  # the time of a few steps is that of compiling them
+    """Runs the missing trials of a study, and writes its lines, table and picture."""
+    if config.smoke:  # a few steps take less time than optimizing their programs
         jax.config.update("jax_disable_most_optimizations", True)
     folder = config.out / ("smoke" if config.smoke else "full" if config.full else "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +121,8 @@ def _run(study: Study, config: Config) -> None:
         which, wall, cpu = {"setting": setting, "seed": seed}, time.perf_counter(), time.process_time()
         lines = [{**which, **line} for line in study.trial(setting, seed, config)]
         took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        _write(file, [*lines, {**which, "kind": "trial", **took, **describe(data_mesh(study.devices))}], "a")
-    lines = read(file)
+        jsonl.append(file, [*lines, {**which, "kind": "trial", **took, **describe(data_mesh(study.devices))}])
+    lines = jsonl.read(file)
     table = study.table(lines)
     file.with_suffix(".md").write_text(f"{table}\n")
     figure = Figure(figsize=study.size, layout="constrained")
@@ -132,31 +132,26 @@ def _run(study: Study, config: Config) -> None:
 
 
 def _took(lines: list[Line]) -> str:
-    """Of all trials, whenever they ran. The seconds of the processor do not depend on what else ran beside them."""
+    """Returns a line with the wall and CPU time of all trials. CPU time does not depend on what else was running."""
     wall, cpu = (sum(line.get(name, 0) for line in lines) for name in ("seconds", "cpu_seconds"))
     return f"{wall:.0f} s on {jax.devices()[0].device_kind}, {cpu:.0f} s of its cores together"
 
 
 def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, int]]:
-    """The trials that the file does not hold yet, with a bar that counts them; it keeps no line of a torn one."""
+    """Yields the trials that are not in the file, with a progress bar; removes the lines of incomplete trials."""
     seeds = 1 if config.smoke else config.seeds
-    lines = read(file) if file.exists() else []
+    lines = jsonl.read(file) if file.exists() else []
     done = {(line["setting"], line["seed"]) for line in lines if line["kind"] == "trial"}
-    _write(file, [line for line in lines if (line["setting"], line["seed"]) in done], "w")
+    jsonl.write(file, [line for line in lines if (line["setting"], line["seed"]) in done])
     trials = [(setting, seed) for seed in range(seeds) for setting in study.settings]
     missing = [trial for trial in trials if trial not in done]
     if not missing:
-        print(f"{file} holds all {len(trials)} trials: drawn from these. --out FOLDER runs them anew", file=sys.stderr)
+        print(f"{file} holds all {len(trials)} trials: drawing these. --out FOLDER runs them again", file=sys.stderr)
     yield from tqdm(missing, desc=study.name, unit="trial", file=sys.stderr)
 
 
-def _write(file: Path, lines: list[Line], mode: str) -> None:
-    with file.open(mode) as out:
-        out.write("".join(json.dumps(line, default=_plain) + "\n" for line in lines))
-
-
 def pictures(config: Config) -> Splits:
-    """Fashion-MNIST; for a smoke run the embedded digits, which need no files."""
+    """Loads Fashion-MNIST; a smoke run gets the embedded digits, which need no files."""
     return load("mnist-5k" if config.smoke else "fashion-mnist", config.data_dir)
 
 
@@ -172,8 +167,8 @@ def train(
     max_shift: int = 0,
     **options: Any,
 ) -> Iterator[tuple[TrainState, Line]]:
-    """Trains on labelled images and, each so many steps, gives the state and a line; `options` are those of `fit`."""
-    epochs = -(-steps // (len(data.train.labels) // batch_size))  # whose remainders are left out
+    """Trains on labelled images, and yields the state and a line every `every` steps; `options` are those of `fit`."""
+    epochs = -(-steps // (len(data.train.labels) // batch_size))  # an epoch drops the records that fill no batch
     batches = training_batches(data.train, batch_size, epochs, seed=seed, max_shift=max_shift)
     tests = partial(evaluation_batches, data.test, 1_000)  # a multiple of 8 devices
     return fit(model, optimizer, batches, tests, steps=steps, every=every, seed=seed, **options)
@@ -192,23 +187,23 @@ def fit(
     partition: Partition = "jit",
     **inputs: Any,
 ) -> Iterator[tuple[TrainState, Line]]:
-    """Trains and, each so many steps, gives the state and a line.
+    """Trains, and yields the state and a line every `every` steps and after the last step.
 
     Args:
-        model: called as `model(*inputs(batch), train=...)`; it gives logits.
+        model: called as `model(*inputs(batch), train=...)`; returns logits.
         optimizer: any Optax transformation.
-        batches: of the training, `{"label", "weight", ...}`.
-        tests: begins the test batches anew.
-        steps: how many.
-        every: so many steps there is a line.
-        seed: of the weights.
-        devices: over which each batch is split.
-        partition: how, as in `experiments.train.loop`.
-        **inputs: `inputs`, from a batch to what the model is called with, and an `example` of that; by default images.
+        batches: training batches `{"label", "weight", ...}`.
+        tests: called before each evaluation; returns an iterator over the test batches.
+        steps: number of training steps.
+        every: steps between two lines.
+        seed: seed of the initial weights.
+        devices: number of devices over which each batch is split.
+        partition: "jit" or "shard_map", as in `experiments.train.loop`.
+        **inputs: `inputs` returns the model's arguments for a batch, `example` holds such arguments; default: images.
 
     Returns:
         An iterator over `(TrainState, line)`; a line has the step, the mean `loss` and `train_accuracy` of the training
-        batches since the line before, and `test_loss` and `accuracy` on the test batches.
+        batches since the previous line, and `test_loss` and `accuracy` on the test batches.
     """
     mesh = data_mesh(devices)
     example = {"example": inputs.pop("example")} if "example" in inputs else {}
@@ -224,25 +219,14 @@ def fit(
 
 
 def scorer(model: nn.Module, inputs: Inputs = images) -> Callable[[TrainState, Labelled], Line]:
-    """`score(state, data) -> {"loss", "accuracy"}` in evaluation mode, compiled once."""
+    """Returns `score(state, data) -> {"loss", "accuracy"}` in evaluation mode, compiled once."""
     mesh = data_mesh(1)
     step = make_eval_step(model, mesh, inputs)
     return lambda state, data: evaluate(step, state, evaluation_batches(data, 500), mesh)
 
 
-def read(file: Path) -> list[Line]:
-    """The lines of whole trials; what a stop left of the last line is no line."""
-    lines = []
-    for text in file.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def curves(lines: list[Line], setting: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """x `[T]`, and y of every seed `[seeds, T]`, of the lines of a setting that have both."""
+    """Returns x `[T]`, and y of every seed `[seeds, T]`, from the lines of a setting that have both."""
     here = [line for line in lines if line["setting"] == setting and y in line]
     seeds = sorted({line["seed"] for line in here})
     each = [[(line[x], line[y]) for line in here if line["seed"] == seed] for seed in seeds]
@@ -250,7 +234,7 @@ def curves(lines: list[Line], setting: str, x: str, y: str) -> tuple[np.ndarray,
 
 
 def steps_to(steps: np.ndarray, accuracy: np.ndarray, level: float) -> str:
-    """The mean number of steps after which an accuracy `[seeds, T]` is reached for the first time."""
+    """Returns the mean number of steps after which an accuracy `[seeds, T]` first reaches `level`, as text."""
     reached = accuracy >= level
     if not reached.any(1).all():
         return "not reached"
@@ -258,15 +242,11 @@ def steps_to(steps: np.ndarray, accuracy: np.ndarray, level: float) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Formats mean ± standard deviation over seeds."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
 def band(axes: Any, x: np.ndarray, y: np.ndarray, label: str, **style: Any) -> None:
-    """The mean over seeds, and where they all lie."""
+    """Draws the mean over seeds as a line, and their range as a band."""
     (line,) = axes.plot(x, y.mean(0), label=label, **style)
     axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
-
-
-def _plain(value: Any) -> Any:
-    return np.asarray(value).tolist()

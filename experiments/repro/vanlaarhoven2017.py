@@ -35,7 +35,7 @@ SHOWN = 1  # the convolution whose norm the table and the picture show
 
 
 class Dropout(nn.Module):
-    """In the place of a norm: dropout, which commutes with the ReLU behind it."""
+    """Applies dropout in the place of a norm; before or after the ReLU behind it, dropout has the same effect."""
 
     use_running_average: bool
 
@@ -45,17 +45,17 @@ class Dropout(nn.Module):
 
 
 def shrunk(step: Any) -> Any:
-    """By how much L2 alone shrinks a weight in so many steps."""
+    """Returns the factor by which L2 alone shrinks a weight in this many steps."""
     return (1 - RATE * L2_OF_BN) ** step
 
 
 def rate(setting: str, step: Any) -> Any:
-    """The learning rate of the convolutions."""
+    """Returns the learning rate of the convolutions at a step."""
     return RATE / (shrunk(step) * shrunk(step + 1)) if setting == GROWING else RATE
 
 
 def penalised(gradient: Callable[[Any], Any], **mask: Any) -> optax.GradientTransformation:
-    """SGD on the loss and a penalty of the kernels that has this gradient."""
+    """Builds SGD on the loss plus a penalty of the kernels whose gradient is `gradient(kernel)`."""
 
     def add(updates: Any, params: Any) -> Any:
         return jax.tree.map(lambda g, w: g + gradient(w), updates, params)
@@ -64,7 +64,9 @@ def penalised(gradient: Callable[[Any], Any], **mask: Any) -> optax.GradientTran
 
 
 def growing() -> optax.GradientTransformation:
-    """L2 of the head alone; the convolutions with a rate that grows. (`penalised` gives −RATE times the gradient.)"""
+    """Builds SGD with L2 on the head only, and a growing rate for the convolutions; `penalised` already returns −RATE ·
+    gradient.
+    """
     grow = optax.scale_by_schedule(lambda step: rate(GROWING, step) / RATE)
     labels = {True: grow, False: optax.identity()}
     of_convolutions = optax.multi_transform(labels, lambda params: {name: name in CONVOLUTIONS for name in params})
@@ -85,7 +87,9 @@ SETTINGS = {
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """Accuracy on the training and the test digits in evaluation mode, and the norm of each convolution's kernel."""
+    """Trains one setting; yields training and test accuracy in evaluation mode, and the norm of each convolution's
+    kernel.
+    """
     others, thousand = embedded_digits()
     norm, optimizer = SETTINGS[setting]
     model = ConvNet(norm, widths=config.pick((8, 16, 32), (2, 4, 8), full=(32, 64, 128)))
@@ -97,13 +101,13 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def effective_rate(lines: list[study.Line], setting: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and η/‖w‖² of one convolution `[seeds, T]`."""
+    """Returns the steps, and the effective learning rate η/‖w‖² of one convolution `[seeds, T]`."""
     steps, norms = study.curves(lines, setting, "step", "norms")
     return steps, rate(setting, steps) / norms[..., SHOWN] ** 2
 
 
 def table(lines: list[study.Line]) -> str:
-    """At the end: accuracies in percent, their gap, the norm of one convolution and its effective learning rate."""
+    """Makes a table of final accuracies, their gap, and the norm and effective learning rate of one convolution."""
     text = ["| | training accuracy, % | test accuracy, % | gap | ‖w‖ | η/‖w‖² |", "|---|---|---|---|---|---|"]
     for setting in SETTINGS:
         fitted, accuracy = (
@@ -118,7 +122,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Test accuracy, the norm of one convolution, and its effective rate where BN is behind it."""
+    """Draws test error, the norm of one convolution, and its effective learning rate if BN follows it."""
     error, norms, rates = figure.subplots(1, 3)
     for i, setting in enumerate(SETTINGS):
         style = dict(label=setting, color=f"C{i}", ls="--" if setting == GROWING else "-")

@@ -37,7 +37,7 @@ SETTINGS |= {norm: (norm, GRADIENT) for norm in BY_IMAGE}
 
 
 class PerImage(nn.Module):
-    """GroupNorm, which has no modes, in the place of a batch normalisation."""
+    """Applies GroupNorm with the interface of a batch normalization; it computes the same in both modes."""
 
     use_running_average: bool
     groups: int
@@ -48,7 +48,7 @@ class PerImage(nn.Module):
 
 
 def norm_of(name: str, part: int, parts: int) -> Norm:
-    """The normalisation over `part` images, `parts` times in all."""
+    """Builds the normalization called `name`, over `part` images; `parts` is the number of training steps it sees."""
     momentum = 0.9 ** (part / GRADIENT)
     limits = {k: optax.linear_schedule(a, b, parts // 2, parts // 10) for k, a, b in (("r_max", 1, 3), ("d_max", 0, 5))}
     return {
@@ -62,7 +62,7 @@ def norm_of(name: str, part: int, parts: int) -> Norm:
 
 
 def centred_kernels() -> optax.GradientTransformation:
-    """Kernels of mean zero per output channel, for moving-average BN, which divides and subtracts no mean."""
+    """Keeps the mean of each kernel at zero per output channel: moving-average BN divides but subtracts no mean."""
 
     def centre(update: jax.Array, param: jax.Array) -> jax.Array:
         return update - (param + update).mean((0, 1, 2)) if param.ndim == 4 else update
@@ -71,7 +71,7 @@ def centred_kernels() -> optax.GradientTransformation:
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """The test accuracy after the same number of images."""
+    """Trains one setting, and yields the test accuracy after the same number of images."""
     norm, normalised = SETTINGS[setting]
     part = GRADIENT if norm == "Ghost BN" else normalised
     updates, many = config.pick(200, 2, full=4_690), GRADIENT // part
@@ -85,7 +85,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def errors(lines: list[study.Line], norm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Parts `[P]`, and the test error in % of every seed `[seeds, P]`; where parts do not matter, the same for all."""
+    """Returns the parts `[P]` and the test error in % `[seeds, P]`; norms without a part repeat one column."""
     parts = [part for part in PARTS if f"{norm}, {part}" in SETTINGS] or list(PARTS)
     settings = [norm if norm in SETTINGS else f"{norm}, {part}" for part in parts]
     columns = [study.curves(lines, setting, "step", "accuracy")[1][:, -1] for setting in settings]
@@ -93,7 +93,7 @@ def errors(lines: list[study.Line], norm: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(lines: list[study.Line]) -> str:
-    """Test error in %, and what the fewest images cost."""
+    """Makes a table of test errors in %, and of what normalizing over 2 images costs."""
     text = [f"| test error, % | {' | '.join(f'of {part}' for part in PARTS)} | of 2, over BN of {GRADIENT} |"]
     text.append("|---" * (len(PARTS) + 2) + "|")
     best = errors(lines, "BN")[1][:, -1]
@@ -106,7 +106,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """The paper's picture: what normalises by the batch, and what by the image; mean and standard deviation."""
+    """Draws the paper's figure: test error by images normalized together, mean and standard deviation over seeds."""
     axes = figure.subplots()
     for norm, marker in zip((*BY_BATCH, *BY_IMAGE), "osD^xv", strict=True):
         parts, error = errors(lines, norm)

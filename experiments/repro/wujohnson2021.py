@@ -49,7 +49,7 @@ POINTS, TICKS = 8, (10, 15, 20, 30, 50)
 
 
 class Averages(nn.Module):
-    """Batch normalization that keeps all of `AVERAGES`, and evaluates by the first."""
+    """Batch normalization that keeps all running averages in `AVERAGES`, and evaluates with the first of them."""
 
     use_running_average: bool
 
@@ -69,14 +69,14 @@ class Averages(nn.Module):
 
 
 def variables(state: TrainState, average: str) -> dict[str, Any]:
-    """Those of the same network with `bnjax.BatchNorm`, which has one of the averages."""
+    """Returns the variables for the same network with `bnjax.BatchNorm`, filled with one of the averages."""
     stats = {layer: {"mean": kept[average].mean, "var": kept[average].var} for layer, kept in state.batch_stats.items()}
     trees = {"params": state.params, "batch_stats": stats}
     return {name: {k.replace("Averages", "BatchNorm"): v for k, v in tree.items()} for name, tree in trees.items()}
 
 
 def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]:
-    """The error on 2,500 test images by each of the statistics, several times in a training."""
+    """Trains one setting; yields the error on 2,500 test images with each kind of statistics, several times."""
     batch, steps = SETTINGS[setting], config.pick(400, 4, full=4_000)
     data, model = study.pictures(config), MODEL(bnjax.BatchNorm)
     data = Splits(data.train, Labelled(*(part[:2_500] for part in data.test)))
@@ -84,6 +84,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
     score = study.scorer(model)
 
     def error(state: TrainState, found: dict[str, Any]) -> float:
+        """Returns the test error in % with these variables."""
         return 100 * (1 - score(state._replace(**found), data.test)["accuracy"])
 
     optimizer = optax.sgd(optax.cosine_decay_schedule(0.05 * (batch / 32) ** 0.5, steps), momentum=0.9)
@@ -96,17 +97,17 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 
 
 def look(model: nn.Module, variables: Any, batch: Any) -> Any:
-    """The network in evaluation, for `recalibrate`."""
+    """Applies the network in evaluation mode, as `recalibrate` calls it."""
     return model.apply(variables, as_float(batch), train=False, mutable=["batch_stats"])
 
 
 def errors(lines: list[study.Line], setting: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps `[T]`, and the test error in % by one kind of statistics, of every seed `[seeds, T]`."""
+    """Returns steps `[T]`, and the test error in % with one kind of statistics for every seed `[seeds, T]`."""
     return study.curves(lines, setting, "step", name)
 
 
 def table(lines: list[study.Line]) -> str:
-    """The error at the first look, its mean over the training, and at the end."""
+    """Makes a table of the error at the first evaluation, its mean over the training, and the final error."""
     heads = [f"{setting}: {when}" for setting in SETTINGS for when in ("after an eighth", "mean", "at the end")]
     text = [f"| test error, % | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in (*AVERAGES, *PRECISE.values()):
@@ -119,7 +120,7 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Error by step for each training; and by the number of batches that statistics were recalibrated over."""
+    """Draws error by step for each training, and by the number of batches used for recalibration."""
     *by_step, by_count = figure.subplots(1, len(SETTINGS) + 1)
     for axes, setting in zip(by_step, SETTINGS, strict=True):
         for name, style in zip((*AVERAGES, PRECISE[64]), ("-", "-", "-", "--", "--", ":"), strict=True):

@@ -1,1 +1,1 @@
-"""The main job: `python -m experiments.train` trains a network with batch normalization on real images."""
+"""Trains a network with batch normalization on real images: `python -m experiments.train`."""

@@ -1,4 +1,4 @@
-"""Trains the article's network with batch normalisation on real images over every device, and shows its work.
+"""Trains a network with batch normalisation on real images over every device, and shows its work.
 
 Claim:    A three-block BN network reads at least 98 % of 1,000 held-back MNIST digits after a minute on two CPU cores.
 Command:  python -m experiments.train
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from bnjax.linen import BatchNorm
 from bnjax.tools import inspect
+from experiments import jsonl
 from experiments.data.images import Splits, load
 from experiments.data.pipeline import evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
@@ -57,7 +58,6 @@ from experiments.train.records import (
     METRICS,
     Recorder,
     check_resumable,
-    read_lines,
     run_folder,
     written,
 )
@@ -66,11 +66,11 @@ from experiments.train.stopping import stop_requests
 EPSILON = 1e-5
 CURVES = "curves.png"
 LAYERS = "layers.txt"
-LOST, REFUSED = 1, 2  # exit status: the run cannot go on; it cannot begin as asked
+LOST, REFUSED = 1, 2  # exit statuses: a run that had started failed; the options or files are not usable
 
 
 class Session(NamedTuple):
-    """The parts that train together."""
+    """Everything that a training run uses and that does not change from step to step."""
 
     config: Config
     mesh: jax.sharding.Mesh
@@ -84,7 +84,7 @@ class Session(NamedTuple):
 
 
 def build_model(training: Training, partition: Partition) -> nn.Module:
-    """The network, whose BN layers share their statistics over the whole batch under either partition."""
+    """Builds the network; its BN layers compute statistics over the whole batch under either partition."""
     dtype = jnp.dtype(training.precision)
     norm = partial(BatchNorm, momentum=training.momentum, epsilon=EPSILON, axis_name=axis_name(partition), dtype=dtype)
     network = {"convnet": ConvNet, "resnet20": ResNet20}[training.model]
@@ -92,7 +92,7 @@ def build_model(training: Training, partition: Partition) -> nn.Module:
 
 
 def build(config: Config) -> tuple[Session, TrainState]:
-    """Data, compiled steps and the initial state, for this machine."""
+    """Builds the data pipeline, the compiled steps and the initial state for the devices of this machine."""
     training = config.training
     mesh = devices.data_mesh(config.hardware.devices)
     data = load(training.data, config.files.data_dir)
@@ -104,6 +104,7 @@ def build(config: Config) -> tuple[Session, TrainState]:
     model = build_model(training, config.hardware.partition)
 
     def observe(state: TrainState, stats: Any) -> Metrics:
+        """Returns further metrics of a step: its learning rate, and the drift of each BN layer."""
         layers = drift(state.batch_stats, stats, momentum=training.momentum, epsilon=EPSILON)
         return {"learning_rate": schedule(state.step - state.opt_state.total_notfinite), "drift": layers}
 
@@ -133,7 +134,9 @@ def fit(
     manager: CheckpointManager,
     stop_requested: Callable[[], bool],
 ) -> TrainState:
-    """Trains to the end, to --stop-after or to a signal; records, evaluates and saves on the way."""
+    """Trains to the end, to --stop-after or to a signal; records, evaluates and saves on the way; returns the last
+    state.
+    """
     files = session.config.files
     first, last = int(state.step), min(session.total, files.stop_after or session.total)
     saves = {session.epoch, files.save_every or session.epoch}
@@ -159,12 +162,15 @@ def fit(
 
 
 def chunk_ends(first: int, last: int, *intervals: int) -> list[int]:
-    """The steps after `first` at which one of the intervals is full, and `last`."""
+    """Returns the steps in (first, last] that are a multiple of one of the intervals, and `last` itself."""
     return [step for step in range(first + 1, last + 1) if step == last or any(step % n == 0 for n in intervals)]
 
 
 def record(recorder: Recorder, bar: tqdm, step: int, rows: list[Metrics], speed: float) -> None:
-    """Writes the steps up to `step` and shows the last of them. The first speed of a run includes compilation."""
+    """Writes the metrics of the steps up to `step`, and shows the last of them in the progress bar.
+
+    The first images/s of a run includes compilation.
+    """
     for number, row in enumerate(rows, start=step - len(rows) + 1):
         recorder.write("train", number, **row)
     recorder.write("speed", step, images_per_second=speed)
@@ -173,7 +179,7 @@ def record(recorder: Recorder, bar: tqdm, step: int, rows: list[Metrics], speed:
 
 
 def measure(session: Session, state: TrainState, recorder: Recorder) -> None:
-    """Evaluates on the test images with the running averages."""
+    """Evaluates on the test images with the running averages, and records loss and accuracy."""
     batches = evaluation_batches(session.data.test, session.config.training.batch_size, session.shard)
     step, result = int(state.step), evaluate(session.eval_step, state, batches, session.mesh)
     recorder.write("eval", step, **result)
@@ -201,7 +207,7 @@ def run(config: Config) -> str:
 
 
 def train(session: Session, state: TrainState, folder: Path, goes_on: bool) -> TrainState:
-    """Trains from the last checkpoint, or from the beginning, and keeps records and checkpoints in `folder`."""
+    """Trains from the last checkpoint, or from the beginning, and writes metrics and checkpoints into `folder`."""
     config = session.config
     with stop_requests() as stop_requested, open_checkpoints(folder / CHECKPOINTS, config.files.keep) as manager:
         if goes_on:
@@ -212,7 +218,7 @@ def train(session: Session, state: TrainState, folder: Path, goes_on: bool) -> T
 
 
 def look(state: TrainState, file: Path) -> None:
-    """Writes what the BN layers hold, and shows what is wrong with them, if anything is."""
+    """Writes a table of the BN layers to `file`, and prints it if a layer has a warning."""
     inspection = inspect({"params": state.params, "batch_stats": state.batch_stats}, epsilon=EPSILON)
     file.write_text(f"{inspection}\n")
     if any(row["flags"] for row in inspection.rows):
@@ -220,10 +226,10 @@ def look(state: TrainState, file: Path) -> None:
 
 
 def summary(folder: Path, total: int, seconds: float) -> str:
-    """Draws the curves and says how the run ended and where it is."""
+    """Draws the curves, and returns one line: how the run ended, its accuracy, and where its files are."""
     if not is_first_process():
         return f"process {jax.process_index()} is done"
-    lines = read_lines(folder / METRICS)
+    lines = jsonl.read(folder / METRICS)
     draw(lines, folder / CURVES)
     step = max(line["step"] for line in lines)
     where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, {EVENTS}/, {CHECKPOINTS}/"
@@ -236,7 +242,7 @@ def summary(folder: Path, total: int, seconds: float) -> str:
 
 
 def is_first_process() -> bool:
-    """Only the first process shows and draws."""
+    """Returns True in the process that prints and draws for all of them."""
     return jax.process_index() == 0
 
 
@@ -247,7 +253,7 @@ def main(
     prog: str = "python -m experiments.train",
     description: str = __doc__.splitlines()[0],
 ) -> int:
-    """The command line, with the defaults of whoever calls it; returns the exit status."""
+    """Runs the command line with the given defaults, and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(
         Config,
@@ -269,10 +275,10 @@ def main(
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process; at once where the run cannot go on.
+    """Exits the process with this status; without any clean-up after a failed run.
 
-    After a write that failed, threads of Orbax wait up to ten minutes for what will never come, and after the loss of
-    another process JAX waits for its farewell.
+    After a failed write, threads of Orbax wait for up to ten minutes, and after the loss of another process JAX waits
+    for it at exit; `os._exit` skips both.
     """
     sys.stdout.flush()
     sys.stderr.flush()

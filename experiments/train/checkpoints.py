@@ -1,4 +1,6 @@
-"""Orbax checkpoints of a run: the training state and the place in the data, in one atomic step."""
+"""Saves and restores Orbax checkpoints of a run: the training state and the position in the data, in one
+atomic step.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from experiments.train.loop import TrainState
 
 @contextmanager
 def open_checkpoints(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints in `folder`, of which the last `keep` stay; leaving the block waits for writes in progress."""
+    """Opens the checkpoints in `folder` and keeps the last `keep` of them; on exit, waits for writes in progress."""
     options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
     with refusals(folder):
         manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -27,20 +29,23 @@ def open_checkpoints(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator) -> None:
-    """Saves in the background; the state may be donated at once. A step that is saved already stays as it is."""
+    """Saves a checkpoint in the background, unless this step has one already.
+
+    The buffers of `state` may be donated as soon as this returns.
+    """
     step = int(state.step)
     if step != manager.latest_step():
-        # The place in the data is the number of batches taken: the same on every process, so that one may read what
-        # two have written (grain.checkpoint keeps a file for each process, and wants as many of them back).
+        # The position in the data is the number of batches read, equal in every process, so that one process can
+        # restore what two have saved (grain.checkpoint writes one file per process and must read as many).
         parts = {"state": ocp.args.StandardSave(state), "batches": ocp.args.JsonSave(batches.get_state())}
         with refusals(manager.directory):
             manager.save(step, args=ocp.args.Composite(**parts))
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
-    """The last saved state, with the types and sharding of `state`; `batches` moves to the saved place.
+    """Restores the last saved state with the types and sharding of `state`, and moves `batches` to the saved position.
 
-    `state` itself where nothing was saved yet: the run was killed before its first checkpoint.
+    Returns `state` itself if nothing was saved yet, because the run was killed before its first checkpoint.
     """
     if manager.latest_step() is None:
         return state
@@ -53,12 +58,12 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, batches: grain.Da
 
 @contextmanager
 def refusals(folder: Path) -> Iterator[None]:
-    """Turns whatever the disk refuses into one line: Orbax raises it as an OSError, a ValueError or a RuntimeError."""
+    """Converts any error of a write into a RunError of one line: Orbax raises OSError, ValueError or RuntimeError."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        cure = "make room, or give back the folder," if jax.process_count() == 1 else "look for a lost process,"
+        cure = "free disk space, or restore the folder," if jax.process_count() == 1 else "look for a lost process,"
         raise RunError(
             f"a checkpoint cannot be written to {folder} ({reason}). The ones before it are intact: {cure} and "
             "--resume goes on from the last"

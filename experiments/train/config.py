@@ -1,4 +1,4 @@
-"""The options of a training run, checked before any work starts."""
+"""Defines the options of a training run, and checks them before any work starts."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,19 +9,19 @@ from experiments.errors import ConfigError
 
 @dataclass(frozen=True)
 class Training:
-    """What the numbers depend on. A resumed run must repeat these."""
+    """Options that change the numbers. A resumed run must repeat them."""
 
     data: Literal["mnist-5k", "fashion-mnist", "cifar-10"] = "mnist-5k"
     """mnist-5k: 4,000 + 1,000 real digits, embedded. fashion-mnist: the MNIST-format folder --data-dir. cifar-10: its
     binary files in --data-dir."""
     model: Literal["convnet", "resnet20"] = "convnet"
-    """convnet: the article's three blocks. resnet20: of He et al. 2016, for 28×28 and 32×32 images."""
+    """convnet: three blocks of convolution and norm. resnet20: of He et al. 2016, for 28×28 and 32×32 images."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
     """Images per step, over all the devices together."""
     accumulate: int = 1
-    """Cut each batch into so many micro-batches, one after the other: less memory, and BN sees micro-batches."""
+    """Micro-batches per batch, computed one after the other: less memory, and BN normalizes each by itself."""
     lr: float = 3e-3
     """Peak learning rate of AdamW."""
     warmup: float = 0.1
@@ -33,26 +33,26 @@ class Training:
     width: int = 16
     """Channels of the first block or stage; the second has two times, the third four times as many."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of activations and their gradients; parameters, statistics and sums stay float32. float16 scales the loss."""
+    """Dtype of activations and gradients; parameters, statistics and sums are float32; float16 scales the loss."""
     skip_nonfinite: int = 20
-    """Steps in a row whose gradient is NaN or Inf may change nothing, up to so many; one more is an error. A resumed
-    run may have another limit."""
+    """How many steps in a row may be skipped because their gradient is NaN or Inf; one more is an error. A resumed run
+    may have another limit."""
     max_shift: int = 2
-    """Move every training image at random by up to so many pixels each way; 0 for none."""
+    """Shift every training image at random by up to this many pixels each way; 0 for no shift."""
     flip: bool = False
     """Mirror every second training image, left to right; not for digits."""
     seed: int = 0
-    """Of the parameters, the order of the data and the shifts."""
+    """Seed of the parameters, the order of the data and the shifts."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where it runs. All of it may change at a resume: the numbers then agree to rounding."""
+    """Options that say where a run executes. All of them may change at a resume: the numbers then agree to rounding."""
 
     partition: Literal["shard_map", "jit"] = "shard_map"
     """shard_map: the step names its devices. jit: XLA places the collectives. Both give the same numbers."""
     devices: int | None = None
-    """Use this many devices, simulated where the machine has only a CPU; by default all there are."""
+    """Number of devices to use, simulated if the machine has only a CPU; by default all devices."""
     coordinator: str | None = None
     """host:port of the first process, when several processes train together."""
     processes: int = 1
@@ -60,12 +60,12 @@ class Hardware:
     process_id: int = 0
     """The number of this process among them, from 0."""
     heartbeat_timeout: int = 60
-    """Seconds after which a process that gives no sign of life is lost, and the others end with an error."""
+    """Seconds without a heartbeat after which a process counts as lost, and the others end with an error."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """What is read and written."""
+    """Options that say what is read and written."""
 
     data_dir: Path = Path("/usr/share/datasets/fashion-mnist")
     """Folder with the four MNIST-format IDX files, plain or .gz; or with CIFAR-10's six binary files."""
@@ -74,15 +74,15 @@ class Files:
     out: Path | None = None
     """Write to this folder instead of a numbered one."""
     resume: bool = False
-    """Go on with the latest run in --runs (or with --out) exactly where it stopped; begin where there is none yet."""
+    """Go on with the latest run in --runs (or with --out) exactly where it stopped; without one, start a new run."""
     stop_after: int | None = None
     """Stop with a checkpoint once this many steps are done, as SIGTERM does."""
     log_every: int = 10
-    """Steps between two transfers of metrics from the devices."""
+    """Steps between two transfers of metrics from the devices to the host."""
     save_every: int | None = None
     """Steps between two checkpoints, besides the one after each epoch."""
     keep: int = 3
-    """How many checkpoints stay."""
+    """How many checkpoints to keep; older ones are deleted."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ class Config:
     hardware: Hardware = field(default_factory=Hardware)
     files: Files = field(default_factory=Files)
     smoke: bool = False
-    """A run of seconds: other defaults for --epochs and --width."""
+    """Run for seconds only: other defaults for --epochs and --width."""
 
 
 def defaults(smoke: bool) -> Config:
-    """The default options, or those of --smoke, which further options still override."""
+    """Returns the default options, or those of --smoke; options on the command line override either."""
     full = Config()
     return replace(full, training=replace(full.training, epochs=1, width=8)) if smoke else full
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raises ConfigError with `otherwise` unless `holds`."""
+    """Raises ConfigError with the message `otherwise` unless `holds`."""
     if not holds:
         raise ConfigError(otherwise)
 
@@ -142,7 +142,7 @@ def validate(config: Config) -> None:
 
 
 def check_split(batch_size: int, devices: int, accumulate: int, records: int) -> None:
-    """Every device gets the same number of images in each micro-batch, and there is at least one whole batch."""
+    """Raises ConfigError unless the batch divides evenly over devices and micro-batches, and fits into the data."""
     over = f"{devices} devices" + (f" and {accumulate} micro-batches" if accumulate > 1 else "")
     parts = devices * accumulate
     require(

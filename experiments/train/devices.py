@@ -1,4 +1,4 @@
-"""The devices of a run: simulated ones on a CPU, several processes, and the mesh over all of them."""
+"""Sets up the devices of a run: simulated CPU devices, several processes, and the mesh over all of them."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "nump
 
 
 def start(hardware: Hardware) -> None:
-    """Simulates CPU devices and joins the other processes. Comes before anything that asks JAX for its devices."""
+    """Simulates CPU devices and joins the other processes. Must run before anything asks JAX for its devices."""
     if hardware.devices and hardware.devices != jax.config.jax_num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", hardware.devices)
     if hardware.coordinator:
@@ -31,7 +31,7 @@ def start(hardware: Hardware) -> None:
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of one axis over the first `devices` devices of each process, by default over all there are."""
+    """Builds a mesh of one axis over the first `devices` devices of each process, by default over all of them."""
     local = jax.local_device_count()
     if devices and devices > local:
         raise ConfigError(
@@ -44,17 +44,17 @@ def data_mesh(devices: int | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """The first axis cut over the devices."""
+    """Returns the sharding of an array whose first axis is split over the devices."""
     return NamedSharding(mesh, P(DATA))
 
 
 def describe(mesh: Mesh) -> dict[str, dict[str, str | int]]:
-    """The hardware and the versions that a result depends on."""
+    """Returns the hardware and the package versions that a result depends on."""
     device = mesh.devices.flat[0]
     return {
         "hardware": {

@@ -1,4 +1,4 @@
-"""How far each batch lies from the running statistics that evaluation would use in its place."""
+"""Measures how far the moments of each batch are from the running statistics that evaluation uses instead."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +11,16 @@ Layers = dict[str, dict[str, jax.Array]]
 
 
 def drift(before: Mapping[str, Any], after: Mapping[str, Any], *, momentum: float, epsilon: float) -> Layers:
-    """The distance between batch and running statistics, per normalisation layer, as two numbers.
+    """Computes the distance between batch and running statistics, as two numbers for each normalization layer.
 
-    With the running statistics μ, σ² before the step and the batch's m, v:
+    With the running statistics μ, σ² before the step and the moments m, v of the batch:
 
         mean = √ mean_c (m − μ)² / (σ² + ε)             in standard deviations
         var  = √ mean_c (log((v + ε) / (σ² + ε)))²      in nepers: 0.1 is 10 %
 
-    The batch moments cost no pass of their own: the update `new = momentum·old + (1 − momentum)·m` gives
-    `m = (new − momentum·old) / (1 − momentum)`. Its rounding error, about 1e-7 / (1 − momentum) of μ, is far below any
-    drift worth plotting. A channel whose update was withheld (a batch that is not finite) reads as no drift.
+    The batch moments cost no further pass: the update `new = momentum·old + (1 − momentum)·m` gives `m = (new −
+    momentum·old) / (1 − momentum)`. Its rounding error, about 1e-7 / (1 − momentum) of μ, is far below any drift worth
+    plotting. A channel that kept its averages, because the batch was not finite, counts as zero drift.
 
     Args:
         before: the `batch_stats` collection before the step.
@@ -29,15 +29,17 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any], *, momentum: floa
         epsilon: of the layers.
 
     Returns:
-        `{layer: {"mean": [], "var": []}}`, float32.
+        `{layer: {"mean": [], "var": []}}`, float32 scalars.
     """
     old, new = flatten_dict(dict(before), sep="/"), flatten_dict(dict(after), sep="/")
     layers = sorted(name.removesuffix("/mean") for name in old if name.endswith("/mean"))
 
     def batch(name: str) -> jax.Array:
+        """Recovers the batch moment from the running average before and after the step."""
         return (new[name] - momentum * old[name]) / (1 - momentum)
 
     def distances(layer: str) -> dict[str, jax.Array]:
+        """Returns the two distances of one layer."""
         var = old[f"{layer}/var"] + epsilon
         batch_var = jnp.maximum(batch(f"{layer}/var"), 0) + epsilon  # rounding can leave a dead channel below zero
         return {
@@ -49,5 +51,5 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any], *, momentum: floa
 
 
 def rms(x: jax.Array) -> jax.Array:
-    """√ mean x²."""
+    """Computes the root mean square, √ mean x², over all elements."""
     return jnp.sqrt(jnp.mean(jnp.square(x)))

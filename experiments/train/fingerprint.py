@@ -1,4 +1,4 @@
-"""One short text for all the bits of a training state: two runs that show the same one are the same run."""
+"""Hashes a training state into a short text: two runs with the same text have the same bits in every array."""
 
 import hashlib
 from typing import Any
@@ -11,7 +11,7 @@ from experiments.errors import RunError
 
 
 def fingerprint(state: Any) -> str:
-    """Twelve hexadecimal digits that depend on every bit of every array, the same on every device that holds it.
+    """Returns twelve hexadecimal digits of a hash over every array; raises if two devices hold different values.
 
     Args:
         state: any tree of arrays, replicated over their devices.

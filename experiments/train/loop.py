@@ -1,4 +1,4 @@
-"""One training step, the same numbers under `shard_map` and plain `jit`; chunks of steps; evaluation."""
+"""Builds the training step, which gives the same numbers under `shard_map` and `jit`; trains in chunks; evaluates."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -12,19 +12,19 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from experiments.data.pipeline import Batch
 from experiments.errors import ConfigError
 from experiments.train.devices import DATA, replicated, split
 from experiments.train.nonfinite import skipped, unless_skipped, value_and_grad
 
-Batch = dict[str, Any]
 Metrics = dict[str, Any]
 Partition = Literal["shard_map", "jit"]
 Observe = Callable[["TrainState", Any], Metrics]
-Inputs = Callable[[Batch], tuple[Any, ...]]  # what a model is called with
+Inputs = Callable[[Batch], tuple[Any, ...]]  # returns the model's arguments for a batch
 
 
 class TrainState(NamedTuple):
-    """Everything that a step reads and writes, on every device alike."""
+    """Everything that a step reads and writes; replicated over the devices."""
 
     step: jax.Array  # [] int32, steps taken
     params: Any  # float32
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sums over the records of a batch, or whatever else has a label."""
+    """Sums over the labels of a batch (one per image, or one per position of a text)."""
 
     loss: Any  # [] float32
     correct: Any  # [] float32
@@ -54,22 +54,24 @@ def create_state(
     loss_scale: Callable[[], Any] = lambda: None,
     example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
 ) -> TrainState:
-    """The state before the first step, replicated over the mesh; the model is started with `example`."""
-    # Not jitted: compiling the random numbers of a network takes seconds, and so each shape is compiled but once.
+    """Creates the state before the first step, replicated over the mesh; `example` holds the inputs for
+    `model.init`.
+    """
+    # Not jitted: compiling all random initializers of a network takes seconds; without jit each shape is compiled once.
     variables = model.init(jax.random.key(seed), *example, train=False)
     params = variables["params"]
     stats, overwritten = variables.get("batch_stats", {}), variables.get(OVERWRITE_WITH_GRADIENT)
     state = TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), overwritten)
-    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # what a step donates shares no buffer
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
 
 
 def axis_name(partition: Partition) -> str | None:
-    """What BN must be told: the mesh axis inside `shard_map`, nothing under `jit`, where the batch is global."""
+    """Returns the axis name for BN: the mesh axis under `shard_map`, None under `jit`, where the batch is global."""
     return DATA if partition == "shard_map" else None
 
 
 def images(batch: Batch) -> tuple[jax.Array]:
-    """The inputs of a model for images."""
+    """Returns the arguments of an image model: the images as floats between 0 and 1."""
     return (as_float(batch),)
 
 
@@ -82,15 +84,15 @@ def make_train_step(
     inputs: Inputs = images,
     accumulate: int = 1,
 ) -> TrainStep:
-    """A compiled `step(state, batch) -> (state, metrics)`. The state's buffers are donated.
+    """Compiles `step(state, batch) -> (state, metrics)`; the buffers of the state are donated.
 
     Args:
         model: built with `axis_name(partition)`.
-        optimizer: any Optax transformation; a step that `skip_nonfinite` leaves out changes no statistics either.
+        optimizer: any Optax transformation; a step that `skip_nonfinite` skips does not change the statistics either.
         mesh: the devices over which the batch is split.
         partition: "shard_map" (the model names the mesh axis) or "jit" (XLA places the collectives).
         observe: further metrics from the state before the step and the `batch_stats` after it.
-        inputs: what the model is called with. The loss is the mean over whatever has a label, weighted.
+        inputs: returns the model's arguments for a batch. The loss is the weighted mean over all labels.
         accumulate: micro-batches that a batch is cut into, each with statistics of its own: gradients and running
             averages are the means over them.
 
@@ -112,8 +114,8 @@ def make_train_step(
             logits, updates = model.apply(variables, *inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
             counts = count(logits, batch)
             if over:
-                # Inside the objective, so that shard_map transposes it: the gradient of the replicated params is then
-                # that of the whole batch and needs no psum by hand.
+                # The psum is inside the objective, so that shard_map transposes it: the gradient of the replicated
+                # params is then that of the whole batch, without another psum.
                 counts = jax.lax.psum(counts, over)
             return counts.loss / counts.records, (counts.correct / counts.records, updates.get("batch_stats", {}))
 
@@ -138,7 +140,9 @@ def make_train_step(
 def mean_over_parts(
     differentiate: Callable[[Any, tuple[Batch, Any]], tuple[Any, Any]], carry: Any, batch: Batch, parts: int
 ) -> tuple[Any, Any]:
-    """The last carry, and the mean of what `differentiate(carry, (micro-batch, number))` finds, one after the other."""
+    """Calls `differentiate(carry, (micro-batch, index))` on each micro-batch in turn; returns the last carry and the
+    mean result.
+    """
     if parts == 1:
         return differentiate(carry, (batch, 0))
 
@@ -147,7 +151,7 @@ def mean_over_parts(
         carry, found = differentiate(carry, part)
         return (carry, jax.tree.map(jnp.add, total, found)), None
 
-    # Every parts-th record, so that under jit each device cuts what it holds, as in shard_map.
+    # Strided, so that under jit each device takes its micro-batches from the records it holds, as in shard_map.
     cut = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
     _, shapes = jax.eval_shape(differentiate, carry, (jax.tree.map(lambda a: a[0], cut), jnp.int32(0)))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -156,13 +160,13 @@ def mean_over_parts(
 
 
 def dropout_key(step: jax.Array, over: str | None) -> jax.Array:
-    """Another one in each step, and on each device that drops elements of its own."""
+    """Derives a dropout key that differs in each step and, if `over` names a mapped axis, on each device."""
     key = jax.random.fold_in(jax.random.key(0), step)
     return jax.random.fold_in(key, jax.lax.axis_index(over)) if over else key
 
 
 def make_eval_step(model: nn.Module, mesh: Mesh, inputs: Inputs = images) -> EvalStep:
-    """A compiled `step(state, batch) -> Counts` with the running averages. Records of weight zero do not count."""
+    """Compiles `step(state, batch) -> Counts`, which uses the running averages; records of weight zero do not count."""
 
     def step(state: TrainState, batch: Batch) -> Counts:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -173,7 +177,7 @@ def make_eval_step(model: nn.Module, mesh: Mesh, inputs: Inputs = images) -> Eva
 
 
 def evaluate(step: EvalStep, state: TrainState, batches: Iterable[Batch], mesh: Mesh) -> Metrics:
-    """The mean loss and accuracy over every record of weight one."""
+    """Computes the mean loss and accuracy over all records of weight one."""
     counts = jax.device_get([step(state, place(batch, mesh)) for batch in batches])
     total = Counts(*(float(np.sum(column)) for column in zip(*counts, strict=True)))
     return {"loss": total.loss / total.records, "accuracy": total.correct / total.records}
@@ -182,7 +186,7 @@ def evaluate(step: EvalStep, state: TrainState, batches: Iterable[Batch], mesh: 
 def chunks(
     step: TrainStep, state: TrainState, batches: Iterator[Batch], mesh: Mesh, ends: Iterable[int]
 ) -> Iterator[tuple[TrainState, list[Metrics]]]:
-    """Trains up to each step number in `ends` in turn and yields there.
+    """Trains up to each step number in `ends` in turn, and there yields the state and the metrics of the steps since.
 
     The metrics come over in one transfer per chunk, so that the host never waits for a single step.
     """
@@ -197,26 +201,26 @@ def chunks(
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's part of a batch as global arrays, cut over the devices."""
+    """Assembles global arrays, split over the devices, from the part of the batch that this process holds."""
     return {name: jax.make_array_from_process_local_data(split(mesh), part) for name, part in batch.items()}
 
 
 def as_float(batch: Batch) -> jax.Array:
-    """The images between 0 and 1; they travel to the device as bytes."""
+    """Converts uint8 images to float32 between 0 and 1; they are transferred to the device as bytes."""
     return batch["image"].astype(jnp.float32) / 255
 
 
 def count(logits: jax.Array, batch: Batch) -> Counts:
-    """Sums over the batch; records of weight zero do not count, and without weights all do."""
+    """Sums loss, correct predictions and weights over the batch; without weights, every record counts as one."""
     weight = batch.get("weight", jnp.ones(batch["label"].shape))
     return Counts((losses(logits, batch) * weight).sum(), (hits(logits, batch) * weight).sum(), weight.sum())
 
 
 def losses(logits: jax.Array, batch: Batch) -> jax.Array:
-    """The cross-entropy of each label."""
+    """Computes the cross-entropy of each label."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
 
 
 def hits(logits: jax.Array, batch: Batch) -> jax.Array:
-    """One where the largest logit is the label's."""
+    """Returns 1 where the largest logit is the label's, else 0."""
     return (logits.argmax(-1) == batch["label"]).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a polite request: the loop saves a checkpoint and ends."""
+"""Turns SIGTERM and Ctrl-C into a request to stop: the loop saves a checkpoint and ends."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether any process was asked to stop. A second signal acts as it always does."""
+    """Yields a function that tells if any process was asked to stop. A second signal has its usual effect."""
     requests: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -27,5 +27,5 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def anywhere(here: bool) -> bool:
-    """Whether it is true on some process: all must leave the loop at the same step."""
+    """Returns True if `here` is True in any process, so that all of them leave the loop at the same step."""
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).any())

@@ -1,4 +1,4 @@
-"""The corruptions: stronger is further from the clean image, and the same call gives the same images."""
+"""Tests the corruptions: a higher strength is further from the clean image, and equal calls give equal images."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ class TestEach:
 
 @pytest.fixture
 def point() -> np.ndarray:
-    """One white pixel in the middle of an image of odd size, so that there is a middle."""
+    """Returns an image of odd size with one white pixel in its centre."""
     image = np.zeros((1, 29, 29, 1), np.uint8)
     image[0, 14, 14] = 255
     return image
@@ -55,7 +55,7 @@ def test_noise_has_the_deviation_it_says() -> None:
 
 
 def test_blur_keeps_the_light(point: np.ndarray) -> None:
-    """A Gaussian about one pixel: its sum is that of the pixel, to the rounding of a grey value in each of 13×13."""
+    """Checks that a blurred point keeps its sum, to the rounding of grey values in 13×13 pixels."""
     assert abs(corrupt(point, "blur", 5).sum(dtype=int) - 255) < 0.5 * 13**2
 
 
@@ -66,7 +66,7 @@ def test_rotation_keeps_the_middle_and_shift_moves_it(point: np.ndarray) -> None
 
 
 def test_a_shift_of_a_whole_image_is_exact(images: np.ndarray) -> None:
-    """Each moved image is a cut of the clean one over a black background."""
+    """Checks that each shifted image is a crop of the clean one on a black background."""
     padded = np.pad(images[:5, ..., 0], [(0, 0), (4, 4), (4, 4)])
     for clean, changed in zip(padded, corrupt(images[:5], "shift", 4)[..., 0], strict=True):
         cuts = [clean[4 - i : 32 - i, 4 - j : 32 - j] for i in (-4, 0, 4) for j in (-4, 0, 4) if i or j]
@@ -74,7 +74,7 @@ def test_a_shift_of_a_whole_image_is_exact(images: np.ndarray) -> None:
 
 
 def test_pixelation_keeps_the_mean_of_each_cell(images: np.ndarray) -> None:
-    """Strength 2: cells of 2×2, to the rounding of a grey value."""
+    """Checks strength 2, cells of 2×2, to the rounding of grey values."""
     cells = [
         part[..., 0].reshape(-1, 14, 2, 14, 2).astype(float) for part in (images, corrupt(images, "pixelation", 2))
     ]

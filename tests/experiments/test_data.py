@@ -1,4 +1,4 @@
-"""The data of the experiments: the embedded split, MNIST-format files whole and damaged, the pipelines."""
+"""Tests the data of the experiments: the embedded split, valid and damaged files, and the pipelines."""
 
 import gzip
 from pathlib import Path
@@ -27,7 +27,7 @@ def some_images(count: int, size: int = 28) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small MNIST-format folder: 20 training and 10 test images."""
+    """Writes an MNIST-format folder with 20 training and 10 test images."""
     for part, count in (("train", 20), ("test", 10)):
         (tmp_path / FILES[f"{part}-images"]).write_bytes(gzip.compress(idx(IMAGES, some_images(count))))
         (tmp_path / FILES[f"{part}-labels"]).write_bytes(gzip.compress(idx(LABELS, np.arange(count) % 10)))
@@ -148,7 +148,7 @@ def test_every_second_image_is_mirrored(digits: Labelled) -> None:
 
 
 def cifar_folder(folder: Path, records: int = 4) -> Path:
-    """Six small files, whose bytes count up."""
+    """Writes the six files of CIFAR-10 in small, with bytes that count up."""
     folder.mkdir(exist_ok=True)
     for number, name in enumerate([*cifar.FILES["train"], *cifar.FILES["test"]]):
         rows = np.arange(records * cifar.RECORD, dtype=np.int64).reshape(records, cifar.RECORD) % 251

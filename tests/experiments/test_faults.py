@@ -1,4 +1,4 @@
-"""Killed, refused by the disk, cut off from its folder: `--resume` goes on as if nothing had happened, bit for bit."""
+"""Tests that `--resume` after a kill, a full disk or a lost folder gives the same bits as an undisturbed run."""
 
 import random
 import signal
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.train.records import has_begun, read_lines
+from experiments import jsonl
+from experiments.train.records import has_begun
 from tests.support.programs import assert_same_run, committed, compilation_cache, finish, learning, start, write_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -21,7 +22,7 @@ TORN = "*.orbax-checkpoint-tmp*"
 
 
 class Runs:
-    """Runs of a tiny network on noise, 20 epochs of 32 steps, that share what they compiled."""
+    """Starts runs of a tiny network on noise, 20 epochs of 32 steps, which share one compilation cache."""
 
     def __init__(self, folder: Path):
         self.folder, self.environment = folder, compilation_cache(folder / "compiled")
@@ -43,13 +44,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def short(runs: Runs) -> Path:
-    """The first steps of an undisturbed run."""
+    """Returns the folder of an undisturbed run of the first steps."""
     runs.finish(runs.folder / "short", "--stop-after", SHORT)
     return runs.folder / "short"
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    """Looks every millisecond; the program must not end meanwhile."""
+    """Waits until the condition holds, and fails if the program ends before that."""
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -58,13 +59,13 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
 
 
 def starts(out: Path) -> list[int]:
-    """The step of each start that got so far as to write its first line."""
-    lines = read_lines(out / "metrics.jsonl") if has_begun(out) else []
+    """Returns the step at which each start began, of those that wrote their first line."""
+    lines = jsonl.read(out / "metrics.jsonl") if has_begun(out) else []
     return [line["step"] for line in lines if line["kind"] in ("config", "resume")]
 
 
 def torn(out: Path) -> bool:
-    """Whether the write of a checkpoint has begun and not ended."""
+    """Returns True if a checkpoint has been started and not completed."""
     return any((out / "checkpoints").glob(TORN))
 
 
@@ -85,12 +86,12 @@ def test_killed_at_random_moments_and_inside_checkpoint_writes(runs: Runs, tmp_p
         if moment == "start":
             time.sleep(rng.uniform(0, STARTUP))
         else:
-            wait_until(lambda before=before: len(starts(out)) > before, process)  # has thrown away what is torn
+            wait_until(lambda before=before: len(starts(out)) > before, process)  # has removed incomplete checkpoints
             assert starts(out)[-1] == last, "went on from another checkpoint than the last whole one"
             if moment == "first step":
                 time.sleep(rng.uniform(0, 1))
             else:
-                goal = last + rng.randrange(1, 15)  # in steps, since seconds say little about a busy machine
+                goal = last + rng.randrange(1, 15)  # in steps, because the time of a step varies on a busy machine
                 wait_until(lambda goal=goal: max(committed(out), default=0) >= goal, process)
             if moment == "training":
                 time.sleep(rng.uniform(0, 0.2))
@@ -116,18 +117,18 @@ def test_sigterm_saves_and_resume_goes_on(runs: Runs, short: Path, tmp_path: Pat
     assert_same_run(short, tmp_path / "out")
 
 
-# What stands before the command: a limit that holds for root too, whom the permissions of files do not stop.
+# Programs that restrict themselves and then run a command; unlike file permissions, the limit also stops root.
 LIMITED = (
     "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
-UNPRIVILEGED = (  # PR_CAPBSET_DROP (24) of CAP_DAC_OVERRIDE (1); whoever is not root needs and has none
+UNPRIVILEGED = (  # PR_CAPBSET_DROP (24) of CAP_DAC_OVERRIDE (1); only root has and needs it
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 
 def limited(kilobytes: int) -> tuple[str, ...]:
-    """No file may grow beyond this: the disk is full for those that are longer."""
+    """Returns a command that limits the size of files, as if the disk were full for longer ones."""
     return sys.executable, "-c", LIMITED, str(1024 * kilobytes)
 
 

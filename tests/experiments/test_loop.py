@@ -1,4 +1,4 @@
-"""The training step of the experiments: both partitions and any number of devices give the same numbers."""
+"""Tests the training step: both partitions and any number of devices give the same numbers."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import pytest
 from bnjax.linen import BatchNorm, MovingAverageBatchNorm
 from bnjax.tools import decay_mask
 from experiments.data.images import Labelled
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
 from experiments.models.convolutional import ConvNet, ResNet20, max_pool, shortcut
 from experiments.train.config import Config, Hardware, Training, check_split, validate
@@ -22,7 +22,6 @@ from experiments.train.devices import data_mesh, replicated
 from experiments.train.drift import drift
 from experiments.train.fingerprint import fingerprint
 from experiments.train.loop import (
-    Batch,
     Metrics,
     TrainState,
     axis_name,
@@ -49,9 +48,9 @@ def build(partition: str) -> ConvNet:
 
 
 def trained(data: Labelled, partition: str, devices: int, accumulate: int = 1) -> tuple[TrainState, Metrics]:
-    """The state after four steps and the metrics of the last, under SGD, whose steps are as smooth as the gradient.
+    """Returns the state after four steps of SGD, and the metrics of the last step.
 
-    Adam would divide gradients that are zero but for rounding by their own size.
+    Not Adam, which would divide gradients that are zero up to rounding by their own size.
     """
     mesh, model, optimizer = data_mesh(devices), build(partition), optax.sgd(0.05)
     step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {}, accumulate=accumulate)
@@ -61,13 +60,13 @@ def trained(data: Labelled, partition: str, devices: int, accumulate: int = 1) -
 
 @pytest.fixture(scope="module")
 def once(data: Labelled) -> Callable[[str, int], tuple[TrainState, Metrics]]:
-    """`trained`, which tests share."""
+    """Calls `trained` and caches the result, which tests share."""
     return cache(partial(trained, data))
 
 
 @pytest.mark.parametrize(("partition", "devices"), [("shard_map", 1), ("shard_map", 8), ("jit", 8)])
 def test_partition_and_devices_change_nothing(once, partition: str, devices: int) -> None:
-    (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where a batch has no parts
+    (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where the batch is not split
     # Sums of 16·28² ≈ 2^14 terms in another order, through four steps: 2^14 roundings of 6e-8 at the very worst.
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, jax.device_get(state), jax.device_get(reference[0]))
@@ -75,7 +74,7 @@ def test_partition_and_devices_change_nothing(once, partition: str, devices: int
 
 
 def test_what_the_backward_pass_updates_goes_from_step_to_step(data: Labelled) -> None:
-    """The statistics of recent batches that MABN keeps: of all devices' rows, with every step counted."""
+    """Checks that the gradient statistics of MABN cover the rows of all devices, and that every step is counted."""
 
     def after(partition: str, devices: int) -> TrainState:
         norm = partial(MovingAverageBatchNorm, buffer_size=STEPS, warmup=1, axis_name=axis_name(partition))
@@ -99,7 +98,7 @@ def test_micro_batches_are_the_same_on_any_devices(once, partition: str, devices
 
 
 def test_gradients_and_averages_are_the_means_over_micro_batches(data: Labelled) -> None:
-    """One step of gradient descent with rate one on a batch, and on each half of its records alone."""
+    """Compares one step of gradient descent with rate 1 with the mean of steps on each half of the records."""
     mesh, model, optimizer = data_mesh(1), build("jit"), optax.sgd(1.0)
     batch = next(training_batches(data, BATCH, epochs=1, seed=0))
 
@@ -123,7 +122,9 @@ def test_gradient_state_wants_whole_batches(data: Labelled) -> None:
 
 
 def test_resnet20_is_the_papers() -> None:
-    """Its table 6 says 0.27 million parameters; 19 convolutions, each with a BN, and a Dense layer."""
+    """Checks the counts of the paper's table 6: 0.27 million parameters, 19 convolutions each with a BN, one Dense
+    layer.
+    """
     model = ResNet20(partial(BatchNorm, momentum=0.9))
     for shape in ((1, 32, 32, 3), (1, 28, 28, 1)):
         found = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))

@@ -1,4 +1,4 @@
-"""Batches of NaN and Inf cost a training nothing but themselves; half precision trains by a loss that scales itself."""
+"""Tests that batches with NaN and Inf change nothing in a training, and that float16 trains with loss scaling."""
 
 import re
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import jsonl
 from experiments.data.images import embedded_digits
-from experiments.data.pipeline import evaluation_batches, training_batches
+from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import RunError
 from experiments.train import nonfinite
 from experiments.train.__main__ import build_model
 from experiments.train.config import Training
 from experiments.train.devices import data_mesh
 from experiments.train.loop import (
-    Batch,
     Metrics,
     chunks,
     create_state,
@@ -27,7 +27,6 @@ from experiments.train.loop import (
     make_train_step,
 )
 from experiments.train.optimizer import adamw, warmup_cosine
-from experiments.train.records import read_lines
 from tests.support.programs import finish, start, write_images
 
 BATCH, EPOCHS = 64, 12
@@ -38,13 +37,13 @@ BAD = {"NaN": np.nan, "Inf": np.inf, "-Inf": -np.inf}
 
 
 def as_floats(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same pixels, in a type that can hold what is not finite."""
+    """Converts the pixels to floats, so that they can hold NaN and Inf."""
     for batch in batches:
         yield {**batch, "image": batch["image"].astype(np.float32)}
 
 
 def poisoned(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
-    """In one batch of `every`, whole images, single pixels or a whole batch are NaN or Inf in turn."""
+    """Puts NaN or Inf into one batch of every `every`: into whole images, single pixels or the whole batch, in turn."""
     rng = np.random.default_rng(0)
     for number, batch in enumerate(as_floats(batches)):
         if number % every == every // 2:
@@ -56,7 +55,7 @@ def poisoned(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
 
 
 def state_and_step(partition: str, devices: int, precision: str = "float32", steps: int = STEPS):
-    """The parts of `experiments.train`, on this many devices."""
+    """Builds state and training step of `experiments.train` on this many devices."""
     training, mesh = Training(precision=precision), data_mesh(devices)
     model = build_model(training, partition)
     optimizer = nonfinite.skip_nonfinite(adamw(warmup_cosine(training.lr, steps, training.warmup), 0.05))
@@ -66,7 +65,7 @@ def state_and_step(partition: str, devices: int, precision: str = "float32", ste
 
 
 def trained(batches: Iterator[Batch], precision: str = "float32") -> tuple[float, list[Metrics]]:
-    """The accuracy on the test images after a training on these batches, and the metrics of its steps."""
+    """Trains on these batches; returns the accuracy on the test images, and the metrics of the steps."""
     state, step, eval_step, mesh = state_and_step("jit", 1, precision)
     ((state, rows),) = chunks(step, state, batches, mesh, [STEPS])
     test = evaluation_batches(embedded_digits().test, 250)
@@ -79,7 +78,7 @@ def digits() -> Iterator[Batch]:
 
 @pytest.fixture(scope="module")
 def clean() -> float:
-    """The accuracy of the training that no bad batch disturbs."""
+    """Returns the accuracy of a training without bad batches."""
     return trained(as_floats(digits()))[0]
 
 
@@ -158,7 +157,7 @@ def test_the_program_in_float16_says_what_it_left_out(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", train=64, test=16)
     options = ["--data", "fashion-mnist", "--data-dir", images, "--batch-size", 16, "--width", 2, "--epochs", 2]
     text = finish(start(*options, "--precision", "float16", "--out", tmp_path / "out"))
-    skipped = sum(line.get("skipped", 0) > 0 for line in read_lines(tmp_path / "out" / "metrics.jsonl"))
+    skipped = sum(line.get("skipped", 0) > 0 for line in jsonl.read(tmp_path / "out" / "metrics.jsonl"))
     assert (f"of which {skipped} without a finite gradient left out" in text) == (skipped > 0)
     text = finish(start(*options, "--lr", "1e38", "--skip-nonfinite", 2, "--out", tmp_path / "lost"), status=1)
     assert re.search(r"error: no finite gradient in 3 steps in a row, up to step \d", text)

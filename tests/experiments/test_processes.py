@@ -1,4 +1,6 @@
-"""Two processes train what one does; runs move between numbers of processes and devices; the loss of one ends all."""
+"""Tests that two processes train as one does, that runs can change processes and devices, and that losing
+one ends all.
+"""
 
 import re
 import signal
@@ -26,7 +28,7 @@ HEARTBEAT = 10  # seconds
 
 
 class Cluster:
-    """A tiny run on noise, by any number of processes."""
+    """Starts a tiny run on noise in any number of processes."""
 
     def __init__(self, folder: Path):
         self.environment = compilation_cache(folder / "compiled")
@@ -54,18 +56,18 @@ class Cluster:
         return [start(*common, "--process-id", index, environment=self.environment) for index in range(processes)]
 
     def finish(self, out: Path, *options: object, processes: int, devices: int) -> list[str]:
-        """What each process prints."""
+        """Waits for the processes, and returns what each printed."""
         started = self.start(out, *options, processes=processes, devices=devices)
         return [finish(process) for process in started]
 
 
 def states(outputs: list[str]) -> set[str]:
-    """The fingerprints of the state on the devices of each process."""
+    """Returns the fingerprints of the state that the processes printed."""
     return {re.search(r"state ([0-9a-f]{12})$", text.strip())[1] for text in outputs}
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """The same training to rounding: the metrics of every step, and the running averages at the end."""
+    """Asserts that two runs agree to rounding: the metrics of every step, and the final running averages."""
     for mine, yours in zip(learning(one), learning(other), strict=True):
         assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-3)
     first, second = (checkpoint(out, STEPS) for out in (one, other))
@@ -82,7 +84,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 
 @pytest.fixture(scope="module")
 def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process on one device."""
+    """Returns the run of one process on one device."""
     out = tmp_path_factory.mktemp("run") / "alone"
     cluster.finish(out, processes=1, devices=1)
     return out
@@ -90,7 +92,7 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The run of two processes with two devices each, and what each printed."""
+    """Returns the run of two processes with two devices each, and what each printed."""
     out = tmp_path_factory.mktemp("run") / "together"
     return out, cluster.finish(out, processes=2, devices=2)
 

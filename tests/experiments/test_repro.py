@@ -1,30 +1,35 @@
-"""The reproductions: each runs in small, goes on where it stopped, and draws and tabulates from its lines alone."""
+"""Tests the reproductions: each runs in small, continues where it stopped, and draws from its lines alone."""
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import optax
 import pytest
 
+from experiments import jsonl
 from experiments.data.images import Labelled, Splits
 from experiments.models.convolutional import ConvNet, Unnormalised
 from experiments.repro import study as repro
-from tests.support.programs import finish, start
+from tests.support.programs import ROOT, finish, start
 
-PROGRAMS = [*Path(repro.__file__).parent.glob("*.py")]
-STUDIES = sorted(path.stem for path in PROGRAMS if "\nSTUDY = " in path.read_text())
+STUDIES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.glob("experiments/**/*.py")
+    if "\nSTUDY = " in path.read_text()
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke(name, tmp_path):
-    """As a program, into a picture and a table; and a second time from its lines alone."""
-    out = finish(start("--smoke", "--out", tmp_path, module=f"experiments.repro.{name}"))
-    file = tmp_path / "smoke" / f"{name}.jsonl"
-    study = importlib.import_module(f"experiments.repro.{name}").STUDY
-    lines = repro.read(file)
+    """Checks that a reproduction writes a picture and a table, and that a second run draws them from the
+    lines alone.
+    """
+    out = finish(start("--smoke", "--out", tmp_path, module=name))
+    study = importlib.import_module(name).STUDY
+    file = tmp_path / "smoke" / f"{study.name}.jsonl"
+    lines = jsonl.read(file)
     assert {line["setting"] for line in lines} == set(study.settings)
     assert study.table(lines) in out and file.with_suffix(".md").read_text().strip() == study.table(lines)
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -32,10 +37,12 @@ def test_smoke(name, tmp_path):
 
 @pytest.mark.slow
 def test_resnet20(tmp_path):
-    """Has the options of `experiments.train`: micro-batches and mixed precision among them."""
+    """Checks that the reproduction takes the options of `experiments.train`, such as micro-batches and
+    mixed precision.
+    """
     options = ("--smoke", "--accumulate", 2, "--precision", "bfloat16", "--stop-after", 4, "--out", tmp_path)
     assert "stopped after 4 of 31 steps" in finish(start(*options, module="experiments.repro.he2016"))
-    config = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["config"]["training"]
+    config = jsonl.read(tmp_path / "metrics.jsonl")[0]["config"]["training"]
     assert (config["model"], config["width"], config["accumulate"]) == ("resnet20", 4, 2)
 
 
@@ -48,14 +55,14 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
 
     study = repro.Study("study", ("a", "b"), trial, lambda lines: f"{len(lines)} lines", lambda lines, figure: None)
     monkeypatch.setattr("sys.argv", ["study", "--seeds", "2", "--out", str(tmp_path)])
-    monkeypatch.setattr(repro, "start", lambda hardware: None)  # the devices of this process are those of all tests
+    monkeypatch.setattr(repro, "start", lambda hardware: None)  # this process has a fixed number of devices
     repro.run(study, None)
     file = tmp_path / "study.jsonl"
     whole = file.read_text()
     file.write_text("".join(whole.splitlines(keepends=True)[:-2]) + json.dumps({"kind": "step"})[:5])
     ran.clear()
     repro.run(study, None)
-    assert ran == [("b", 1)] and len(repro.read(file)) == 8
+    assert ran == [("b", 1)] and len(jsonl.read(file)) == 8
     assert capsys.readouterr().out.count("8 lines") == 2
 
 

@@ -1,4 +1,4 @@
-"""Twenty thousand steps on four devices: nothing grows, nothing is compiled again, no replica drifts from the rest."""
+"""Tests 20,000 steps on four devices: memory does not grow, nothing is compiled again, and replicas stay equal."""
 
 import gc
 import os
@@ -26,14 +26,14 @@ GROWTH = 4 * 2**20  # bytes: what 15,000 steps would keep at 280 bytes each, the
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Returns the resident memory of this process in bytes."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """A list that grows by one name with each program that XLA compiles."""
+    """Returns a list that grows by the name of each program that XLA compiles."""
     found: list[str] = []
 
     def note(event: str, _: float, **details: object) -> None:
@@ -65,7 +65,7 @@ def test_twenty_thousand_steps_leave_no_trace() -> None:
         for state, rows in chunks(step, state, batches, mesh, range(CHUNK, STEPS + 1, CHUNK)):  # noqa: B020
             evaluate(eval_step, state, evaluation_batches(data, BATCH), mesh)
             memory[int(state.step)] = resident()
-            fingerprint(state)  # raises where a device holds other bits than the first
+            fingerprint(state)  # raises if the bits on a device differ from the first's
             skipped, loss = rows[-1]["skipped"], rows[-1]["loss"]
         assert len(compiled) == 2, compiled  # the one shape of the training step, the one of the evaluation
         evaluate(eval_step, state, evaluation_batches(data, 2 * BATCH), mesh)

@@ -1,12 +1,12 @@
-"""The character corpus, and the networks that read it: what padding and what the future may do to a prediction."""
+"""Tests the character corpus and the text networks: how padding and later positions can affect a prediction."""
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.data import text
+from experiments.data.pipeline import Batch
 from experiments.repro.shen2020 import SETTINGS
-from experiments.train.loop import Batch
 
 LONGEST = 24
 LINES = ["x = 1", "def long_enough_to_be_cut(everywhere):", "y"]
@@ -95,7 +95,7 @@ def test_a_corpus_says_which_one_it_is(corpus: text.Text) -> None:
 
 
 def difference(setting: str, one: Batch, other: Batch, count: int, *, train: bool) -> float:
-    """Between the logits of a network for two batches, at the first `count` positions that have a label."""
+    """Returns the largest difference of a network's logits for two batches, at the first `count` labelled positions."""
     build, norm, masked = SETTINGS[setting]
     model = build(norm, text.VOCABULARY, masked, width=8, layers=1)
     variables = model.init(jax.random.key(0), *text.inputs(one), train=False)
@@ -121,7 +121,7 @@ def test_padding_reaches_a_prediction_through_unmasked_statistics_alone(setting:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("train", [True, False])
 def test_the_future_reaches_a_prediction_through_the_statistics_of_its_batch_alone(setting: str, train: bool) -> None:
-    """BN's in training mode: PowerNorm normalises by the batches before."""
+    """Checks that later positions matter only for BN in training mode: PowerNorm uses statistics of earlier batches."""
     tokens = text.encode(LINES[1:2], LONGEST)
     other = np.where(np.arange(LONGEST + 1) < LONGEST // 2, tokens, 5)
     found = difference(setting, text.batch(tokens), text.batch(other), LONGEST // 2, train=train)

@@ -1,4 +1,4 @@
-"""`python -m experiments.train` as its users run it: a smoke run, stop and resume bit for bit, errors, files."""
+"""Tests `python -m experiments.train` as users run it: a smoke run, stop and resume to the last bit, errors, files."""
 
 import json
 import re
@@ -10,9 +10,10 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from experiments import jsonl
 from experiments.errors import ConfigError
 from experiments.train.__main__ import main
-from experiments.train.records import read_lines, run_folder
+from experiments.train.records import run_folder
 from tests.support.programs import assert_same_run, checkpoint, finish, learning, start
 
 STEPS = 62  # in the one epoch of --smoke: 4,000 images in batches of 64
@@ -24,7 +25,7 @@ def smoke(out: Path, *options: object, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted smoke run on eight devices."""
+    """Returns an uninterrupted smoke run on eight devices."""
     out = tmp_path_factory.mktemp("run") / "whole"
     (out.parent / "stdout").write_text(smoke(out, "--devices", 8))
     return out
@@ -36,7 +37,7 @@ def test_last_line_says_accuracy_time_and_place(whole: Path) -> None:
 
 
 def test_metrics_lines_are_complete(whole: Path) -> None:
-    lines = read_lines(whole / "metrics.jsonl")
+    lines = jsonl.read(whole / "metrics.jsonl")
     assert lines[0]["kind"] == "config"
     assert lines[0]["hardware"]["devices"] == 8
     assert lines[0]["versions"]["jax"] == jax.__version__
@@ -65,7 +66,7 @@ def test_tensorboard_events_are_readable(whole: Path) -> None:
 
 
 def events(content: bytes) -> list[Event]:
-    """The events of a TFRecord file, of which each record is a length, its checksum, an event, its checksum."""
+    """Reads the events of a TFRecord file, whose records are a length, its checksum, an event, and its checksum."""
     found = []
     while content:
         length = int.from_bytes(content[:8], "little")
@@ -86,7 +87,7 @@ def test_stop_and_resume_is_the_uninterrupted_run(whole: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def signalled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of a run on one device under plain jit, ended by SIGTERM in its first steps."""
+    """Returns folder and output of a run on one device under plain jit, which SIGTERM ended in its first steps."""
     out = tmp_path_factory.mktemp("run") / "signalled"
     process = start("--smoke", "--out", out, "--devices", 1, "--partition", "jit")
     while not (out / "metrics.jsonl").is_file() and process.poll() is None:
@@ -115,7 +116,7 @@ def test_runs_are_numbered_and_resume_takes_the_latest(tmp_path: Path) -> None:
         folder, goes_on = run_folder(tmp_path, out=None, resume=False)
         assert folder == tmp_path / name and not goes_on
         (folder / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "0003").mkdir()  # what a start that failed leaves
+    (tmp_path / "0003").mkdir()  # the files of a start that failed
     assert run_folder(tmp_path, out=None, resume=True) == (tmp_path / "0002", True)
     assert run_folder(tmp_path, out=tmp_path / "0001", resume=True) == (tmp_path / "0001", True)
 

@@ -1,1 +1,1 @@
-"""Tests of the mathematics: arrays in, arrays out."""
+"""Tests of the functional core, whose functions take and return arrays."""

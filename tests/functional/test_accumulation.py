@@ -1,4 +1,4 @@
-"""Statistics of several micro-batches, several calls, several groups: exact, and one update for all of them."""
+"""Tests statistics over several micro-batches, calls and groups: they are exact, with one update for all of them."""
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,7 @@ def _gather(net, variables, parts, **options):
 
 
 def test_moments_of_micro_batches_are_those_of_the_batch():
-    """In the first layer, whose input does not depend on how the batch is cut."""
+    """Checks the first layer, whose input does not depend on how the batch is split."""
     x = jax.random.normal(KEY, (24, 4)) * 3 + 5
     net = Net()
     variables = net.init(KEY, x)
@@ -75,7 +75,9 @@ def test_moments_of_a_stranger_are_refused():
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_gradient_of_the_full_batch_from_micro_batches(remat):
-    """A mapped axis over micro-batches shares statistics as devices do: gradient and statistics of the whole batch."""
+    """Checks that micro-batches on a mapped axis share statistics and give the gradient and statistics of the whole
+    batch.
+    """
     x, target = jax.random.normal(KEY, (24, 4)), jax.random.normal(jax.random.key(1), (24, 3))
     variables = Net().init(KEY, x)
 
@@ -99,7 +101,7 @@ def test_the_gradient_of_the_full_batch_from_micro_batches(remat):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6, 1 + np.abs(b).max()), stats, want_stats)
 
 
-# Statistics of a group, running averages of everybody -----------------------------------------------------------------
+# Statistics of a group, running averages over all devices ------------------------------------------------------------
 
 MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("group", "member"))
 SPEC = P(("group", "member"))
@@ -158,7 +160,7 @@ def test_groups_normalise_and_everybody_is_averaged(way, case, api):
         expected(case, (a, np.ones_like(scale), np.zeros_like(bias), d, m))
         for a, d, m in zip(*(np.split(v, groups) for v in (x, dy, mask)), strict=True)
     ]
-    if all(p.statistics.count.any() for p in parts):  # a group of nobody normalises by nothing
+    if all(p.statistics.count.any() for p in parts):  # y of a group without valid rows is not defined by the oracle
         assert_close(y, np.concatenate([p.y for p in parts]), tolerance(case), what="y")
     mean, var = oracle.update_running((np.zeros(channels), np.ones(channels)), oracle.statistics(x, (-1,), mask), 0.9)
     assert_close(running["mean"], mean, tolerance(case), 1 + case.offset, "mean")
@@ -167,7 +169,7 @@ def test_groups_normalise_and_everybody_is_averaged(way, case, api):
 
 
 def _each_with_its_own(how, norm, x, stats):
-    """Training outputs on eight devices, each of which comes with running averages of its own."""
+    """Returns training outputs on eight devices whose running averages differ."""
 
     def step(x, stats):
         return norm.apply({"batch_stats": stats}, x, mutable=["batch_stats"])
@@ -184,7 +186,7 @@ def _each_with_its_own(how, norm, x, stats):
 
 @pytest.mark.parametrize("how", ["shard_map", "pmap", "vmap"])
 def test_replicas_that_have_drifted_apart(how):
-    """Each would subtract another pivot. The statistics of the batch are what they are all the same."""
+    """Checks that the batch statistics do not depend on the running averages, nor on which replica holds which."""
     x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32) + 50
     norm = bnjax.BatchNorm(use_running_average=False, momentum=0.0, axis_name="data", use_scale=False, use_bias=False)
     stats = dict(mean=40 + jnp.arange(24.0).reshape(8, 3), var=jnp.ones((8, 3)))
@@ -196,7 +198,7 @@ def test_replicas_that_have_drifted_apart(how):
 
 
 def test_a_forgotten_axis_name_is_noticed():
-    """Where JAX lets it be seen: under check_vma the statistics are typed as differing between devices."""
+    """Checks for a warning if axis_name is missing; check_vma types the statistics as varying over devices."""
     norm = bnjax.BatchNorm(use_running_average=False)
     variables = norm.init(KEY, jnp.ones((1, 3)))
 
@@ -210,4 +212,4 @@ def test_a_forgotten_axis_name_is_noticed():
     local = jax.shard_map(
         lambda x, v: norm.apply(v, x, update_stats=False), mesh=MESH, in_specs=(SPEC, P()), out_specs=SPEC
     )
-    jax.jit(local)(jnp.ones((16, 3)), variables)  # nothing stored, nothing to warn of
+    jax.jit(local)(jnp.ones((16, 3)), variables)  # without an update there is nothing to warn of

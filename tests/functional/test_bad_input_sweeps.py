@@ -1,7 +1,7 @@
-"""What hypothesis comes up with: any dtype, rank, axis, mask, epsilon and momentum, for every function and module.
+"""Tests drawn combinations of dtype, rank, axis, mask, epsilon and momentum, for every function and module.
 
-Either all of it fits together, by a definition of its own here, and the float64 answer must come; or it does not, and
-bnjax itself must say so (no error from inside JAX or NumPy counts), with a `ValueError` or `TypeError`.
+If a combination makes sense, by the definition in this file, the result must be the float64 answer. If not, bnjax
+itself must raise a `ValueError` or `TypeError`; an error from inside JAX or NumPy fails the test.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tests.support.bad_input_layers import APIS, linen, nnx_module, traced
 from tests.support.bad_inputs import BF16, F8, Case
 
 sweep = partial(settings, deadline=None, derandomize=True, database=None)
-# The two usual answers three times as often: what is drawn should often make sense, and not always.
+# Valid values are listed several times, so that many draws are valid and some are not.
 EPSILONS = [1e-5, 1e-3, 0.5] * 3 + [0.0, -1.0, math.nan, math.inf, 1e-60, "1e-5", None]
 MOMENTA = [0.9, 0.0, 1] * 4 + [1.5, -0.1, math.nan, "0.9"]
 DTYPES = [np.float32, np.float16, BF16, F8, np.float64, np.int8, np.uint8, np.int32, bool, np.complex64]
@@ -67,7 +67,7 @@ def _drawn(shape, dtype, seed):
 
 
 def _features(shape, axis):
-    """The feature shape, or None."""
+    """Returns the feature shape, or None if the axis does not fit."""
     axes = (axis,) if isinstance(axis, int) else axis
     fits = isinstance(axes, tuple) and axes and all(-len(shape) <= a < len(shape) for a in axes)
     if not fits or len({a % len(shape) for a in axes}) < len(axes):
@@ -76,7 +76,7 @@ def _features(shape, axis):
 
 
 def makes_sense(case):
-    """Whether what is given fits together."""
+    """Returns True if the arguments of a case fit together."""
     x = case.x()
     if _features(x.shape, case.axis) != case.channels:
         return False
@@ -93,7 +93,7 @@ def makes_sense(case):
 
 
 def attempt(call):
-    """What it gives, or its error."""
+    """Calls a function, and returns its result or the exception it raised."""
     with warnings.catch_warnings(action="ignore", category=bnjax.OneRowWarning):
         try:
             return call()
@@ -109,7 +109,7 @@ def assert_said_by_bnjax(error, what):
 
 
 def check(case, layer, *, like=None, is_valued=True):
-    """`like`: the case whose answer is that of this layer, if not this one's."""
+    """Checks a layer on a case; `like` is the case whose answer is expected, if not this one's."""
     runs = [attempt(lambda how=how: traced(layer(case), case.x(), how)) for how in ("eager", "shape")]
     if not makes_sense(case):
         for result in runs:
@@ -133,7 +133,7 @@ def test_batch_norm(api, case):
     check(case, APIS[api])
 
 
-# Variants in the setting in which they are batch normalization; and two that never are, for what is wrong with a case.
+# Variants with options under which they equal batch normalization, and two that never do, whose errors are tested.
 PLAIN = dict(
     GhostBatchNorm=dict(num_virtual_batches=1),
     BatchRenorm=dict(r_max=1.0, d_max=0.0),
@@ -144,7 +144,7 @@ KINDS = dict(linen=(bnjax.linen, linen), nnx=(bnjax.nnx, nnx_module))
 
 
 def _of_domain_1(layer, case):
-    """The running averages of one domain."""
+    """Returns a layer whose running averages are those of domain 1."""
 
     def run(x):
         result = layer(case)(x)
@@ -171,7 +171,7 @@ def test_variants(name, api, case):
 @given(case=cases())
 @sweep(max_examples=25)
 def test_frozen(api, case):
-    """Which never looks at momentum."""
+    """Checks FrozenBatchNorm, which ignores the momentum."""
     case = dataclasses.replace(case, train=True, momentum=0.9)
     modules, layer = KINDS[api]
     check(case, partial(layer, module=modules.FrozenBatchNorm), like=dataclasses.replace(case, train=False, mask=None))

@@ -1,7 +1,7 @@
-"""Bad input: an error that says what must hold, what came and what to do; or the right answer.
+"""Tests bad input: an error that says what must hold, what came and what to write instead; or the right answer.
 
-The table of bad_inputs.py and bad_calls.py through functional, linen and nnx, outside of a trace, in one and for shapes
-alone: what is wrong with an argument does not depend on where it is met.
+Runs the tables of bad_inputs.py and bad_calls.py through functional, linen and nnx, in eager mode, under jit and under
+eval_shape: the error for a bad argument must be the same in all three.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ apis = pytest.mark.parametrize("api", APIS)
 
 
 def outcome(make, case, how, **data):
-    """What a layer gives, or the error that it raises; and the warnings, by class."""
+    """Runs a layer on a case; returns its result or the exception it raised, and the classes of its warnings."""
     with jax.enable_x64(True) if case.x64 else contextlib.nullcontext(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -57,7 +57,9 @@ def assert_right(result, said, case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(case, api):
     if case.error is None:
-        for how in EVERYWHERE if api == "functional" else ("eager", "shape"):  # compiling the modules too takes minutes
+        for how in (
+            EVERYWHERE if api == "functional" else ("eager", "shape")
+        ):  # without jit for modules, whose compilation would take minutes
             assert_right(*outcome(APIS[api], case, how), case)
         return
     results = [outcome(APIS[api], case, how) for how in EVERYWHERE]
@@ -70,7 +72,9 @@ def test_layer(case, api):
 @apis
 @pytest.mark.parametrize("case", [c for c in CASES if c.as_data], ids=str)
 def test_values_that_a_trace_cannot_see_give_nan(case, api):
-    """The same outside of a trace as in one: y is NaN where the variance or weight is none, and nothing is averaged."""
+    """Checks, eagerly and traced: y is NaN for an invalid variance or weight, and the running averages stay
+    unchanged.
+    """
     bad = jnp.asarray(case.mask if case.as_data == "mask" else case.variables["var"])
     good = case if case.as_data == "var" else dataclasses.replace(case, mask=np.where(np.asarray(bad) > 0, 1, 0))
     for how in EVERYWHERE:
@@ -186,7 +190,7 @@ def test_one_row_on_each_of_several_devices_that_share_nothing():
 
 @pytest.mark.parametrize(("momentum", "mean"), [(0.5, 0.5), (1 + 1e-6, 0.0), (-1e-6, 1.0), (1.5, np.nan), (-1, np.nan)])
 def test_a_momentum_that_is_data(momentum, mean):
-    """What rounding took out of [0, 1] is put back; what lies outside is NaN, in a trace or not, and by schedule."""
+    """Checks a traced or scheduled momentum: rounding outside of [0, 1] is clipped, and other values give NaN."""
     one = np.ones(2, np.float32)
     running, moments = bnjax.RunningStats(0 * one, one, steps=0 * one), bnjax.Moments(one, one, one)
 
@@ -241,7 +245,9 @@ BROKEN = {"negative": [1.0, -1.0], "NaN": [np.nan, 1.0], "Inf": [np.inf, 1.0]}
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_tools_refuse_broken_variances(kind):
-    """Where statistics are loaded, folded or mixed; inspect shows them and recalibrate replaces them."""
+    """Checks that loading, folding and mixing raise; that inspect reports the variances and recalibrate
+    replaces them.
+    """
     norm, x = bnjax.linen.BatchNorm(use_running_average=True), np.ones((4, 2), np.float32)
     variables = norm.init(jax.random.key(0), x)
     state = {k.removeprefix("bn."): v for k, v in tools.to_torch(variables, names={"": "bn"}).items()}
@@ -277,7 +283,7 @@ def test_tools_refuse_momentum_and_counts_that_are_none():
 
 
 def test_the_page_is_that_of_the_measurements_and_they_are_of_this_table():
-    """Else: `KERAS_BACKEND=jax python -m tests.fixtures.make_bad_inputs_peers`."""
+    """Checks page and JSON file; to renew them: `KERAS_BACKEND=jax python -m tests.fixtures.make_bad_inputs_peers`."""
     results = json.loads(peers.RESULTS.read_text())
     assert list(results["cases"]) == [c.name for c in CASES]
     assert peers.PAGE.read_text() == peers.page(results)

@@ -1,7 +1,7 @@
-"""One all-reduce forward and one backward in the compiled program; and what is refused, with what to write instead.
+"""Tests for one all-reduce forward and one backward in the compiled program, and the errors for axis names.
 
-The guard of `batch_moments` holds one more in a branch that steady training does not take; under plain jit on the CPU
-the sums stand in branches too, one of which runs.
+The guard of `batch_moments` has one more all-reduce, in a branch that training rarely takes. Under plain jit on the CPU
+the sums are in branches too, one of which runs.
 """
 
 import jax
@@ -21,12 +21,12 @@ MASKS = {"no mask": None, "mask": jnp.ones((32, 1, 1), bool)}
 
 
 def _loss(x, scale, bias, mask, axis_name):
-    y, _ = bnjax.batch_norm(x, scale, bias, mask=mask, pivot=bias, axis_name=axis_name)
+    y, _ = bnjax.batch_norm(x, scale, bias, mask=mask, axis_name=axis_name)
     return jnp.sum(jnp.sin(y))
 
 
 PROGRAMS = {
-    "forward": (lambda *a: bnjax.batch_norm(*a[:3], mask=a[3], pivot=a[2], axis_name=a[4])[0], P("data")),
+    "forward": (lambda *a: bnjax.batch_norm(*a[:3], mask=a[3], axis_name=a[4])[0], P("data")),
     "gradient of x": (jax.grad(_loss), P("data")),
     "gradient of all": (jax.grad(_loss, (0, 1, 2)), (P("data"), P(), P())),
 }
@@ -53,7 +53,7 @@ def _compile(program, mask, check_vma):
         ("forward", False, 1),
         ("gradient of x", True, 2),
         ("gradient of x", False, 2),
-        ("gradient of all", True, 2),  # the sum over devices of the gradients of scale and bias included
+        ("gradient of all", True, 2),  # also sums the gradients of scale and bias over devices
     ],
 )
 def test_one_all_reduce_each_way(program, check_vma, count, mask):
@@ -64,7 +64,7 @@ def test_one_all_reduce_each_way(program, check_vma, count, mask):
 
 
 def test_plain_jit_combines_too():
-    """XLA's own all-reduces: at most one per direction in the main program or in any branch."""
+    """Checks XLA's own all-reduces: at most one per direction in the main program, and one in any branch."""
     x, vector = jnp.ones((32, 3, CHANNELS)), jnp.ones(CHANNELS)
     gradient = jax.jit(
         lambda *a: PROGRAMS["gradient of all"][0](*a, None, None),
@@ -81,7 +81,7 @@ GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def _halves(case):
-    """What each half of the batch gives by itself."""
+    """Returns y and dx when each half of the batch is normalized by itself."""
     x, scale, bias, dy, mask = case.arrays()
     half = len(x) // 2
     parts = [(x[s], scale, bias, dy[s], None if mask is None else mask[s]) for s in (slice(half), slice(half, None))]

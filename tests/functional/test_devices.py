@@ -1,4 +1,4 @@
-"""The conformance table: every way to spread a batch × every kind of mask × everything computed, all by the oracle."""
+"""Tests every way to split a batch over devices, with every kind of mask, against the float64 oracle."""
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ MESH = {t: jax.make_mesh((4, 2), ("data", "model"), axis_types=(t, t)) for t in 
 )
 @pytest.mark.parametrize("axis_type", MESH)
 def test_plain_jit_over_any_sharding(axis_type, spec, case):
-    """Rows, channels or both cut, with XLA's automatic axes and with explicit ones (the default of jax 0.12)."""
+    """Checks rows, channels or both sharded, with XLA's automatic axes and explicit ones (the default of jax 0.12)."""
     case = by_name(case)
     x, scale, bias, dy, mask = case.arrays()
     with jax.set_mesh(MESH[axis_type]):
@@ -55,7 +55,7 @@ def test_plain_jit_over_any_sharding(axis_type, spec, case):
 
 
 def test_conformance_of_two_processes(tmp_path):
-    """Real processes with four devices each."""
+    """Checks every sharded case on two real processes with four devices each."""
     names = [c.name for c in SHARDED]
     results = run_two(modes.__name__, tmp_path, *names)
     for name in names:

@@ -1,4 +1,4 @@
-"""Accuracy where float32 is hard: far from zero, from the first batch on; huge, tiny and constant channels; counts."""
+"""Tests accuracy where float32 is hard: far from zero; huge, tiny and constant channels; large counts."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 import bnjax
-from bnjax.functional._axes import layout_of
-from bnjax.functional._collectives import Group
-from bnjax.functional._moments import Reduction, centred_moments, start_pivot
 from tests.support import oracle
 from tests.support.cases import Case, assert_close, tolerance, unit
 
 SHAPE = (64, 14, 14, 8)
-REDUCTION = Reduction(layout_of(jnp.zeros((256, 4)), -1), Group(), 1e-8)
 RATIOS = [0.0, 1.0, 3.0, 10.0, 1e2, 1e3, 1e4, 1e5]
 
 
@@ -21,25 +17,18 @@ def _reference(x, dy):
     return oracle.batch_norm(np.asarray(x, np.float64), np.ones(x.shape[-1]), np.zeros(x.shape[-1]), dy, (x.ndim - 1,))
 
 
-def _pivots(mean):
-    """The first step, with nothing known; a steady state; a running mean that is far behind."""
-    return dict(first=None, zero=jnp.zeros_like(mean), steady=mean + 0.01, behind=0.9 * mean)
-
-
 @pytest.mark.parametrize("jitted", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pivot", ["first", "zero", "steady", "behind"])
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_far_from_zero(dtype, ratio, pivot, jitted):
+def test_far_from_zero(dtype, ratio, jitted):
     rng = np.random.default_rng(int(ratio))
     x = jnp.asarray(rng.normal(size=SHAPE) + min(ratio, 3e4 if dtype == "float16" else ratio), dtype)
     dy = rng.normal(size=SHAPE).astype(np.float32)
     want = _reference(x, dy)
-    K = _pivots(jnp.asarray(want.statistics.mean, jnp.float32))[pivot]
 
     def step(x):
         def loss(x):
-            y, moments = bnjax.batch_norm(x, pivot=K, dtype=jnp.float32)
+            y, moments = bnjax.batch_norm(x, dtype=jnp.float32)
             return jnp.sum(y * dy), (y, moments)
 
         return jax.grad(loss, has_aux=True)(x)
@@ -47,7 +36,7 @@ def test_far_from_zero(dtype, ratio, pivot, jitted):
     dx, (y, moments) = (jax.jit(step) if jitted else step)(x)
     tol = tolerance(Case("", SHAPE))
     assert_close(moments.mean, want.statistics.mean, unit("float32") * 4, ratio + 1, "mean")
-    # e² ≤ 16·var when the guard is quiet: the variance is right to 17 times what a sum is.
+    # Without the guard e² ≤ 16·var, so the error of the variance is at most 17 times that of a sum.
     assert_close(moments.var, want.statistics.var, 17 * tol, want.statistics.var + 1e-8, "var")
     assert_close(y, want.y, 17 * tol, what="y")
     assert_close(dx, want.dx, 17 * tol + unit(dtype) * (dtype != "float32"), what="dx")
@@ -65,42 +54,17 @@ def test_at_any_scale(std, ratio):
     assert_close(bnjax.batch_moments(x).var, want.statistics.var, 1e-5, what="var")
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.99])
-@pytest.mark.parametrize("ratio", [0.0, 3.0, 10.0, 1e3, 1e5])
-def test_the_cold_start_ends(ratio, momentum):
-    """When the docstring of linen.BatchNorm says: from then on the first sums, about the running mean, are the last."""
-    x = (np.random.default_rng(0).normal(size=(256, 4)) + ratio).astype(np.float32)
-    norm = bnjax.BatchNorm(use_running_average=False, momentum=momentum, use_scale=False, use_bias=False)
-
-    def step(stats, _):
-        running = bnjax.RunningStats(stats["mean"], stats["var"])
-        about = centred_moments(REDUCTION, x, None, start_pivot(x, running.pivot, REDUCTION.layout))
-        again = jnp.any(about.pivot != start_pivot(x, running.pivot, REDUCTION.layout))
-        return norm.apply({"batch_stats": stats}, x, mutable=["batch_stats"])[1]["batch_stats"], again
-
-    start = dict(mean=jnp.zeros(4), var=jnp.ones(4))
-    _, again = jax.lax.scan(step, start, length=2000)
-    last = int(np.max(np.flatnonzero(again), initial=-1)) + 1
-    predicted = max(0.0, np.log(ratio / 4) / np.log(1 / momentum)) if ratio else 0.0
-    assert last <= 1.1 * predicted + 3, (last, predicted)
-    if ratio < 3:
-        assert last == 0
-
-
-CONSTANTS = [0.0, 1e-3, 0.1, 1.0, 3.3, -777.7, 99840.0, 1e5, 1e6, -7.77e6, 3e7]
+CONSTANTS = [0.0, 1e-3, 0.1, 1.0, 3.3, -777.7, 99840.0, 1e5, 1e6, -7.77e6, 3e7, 1e9, -7.777e9, 1e10, 1e11, 1e18, 1e30]
 
 
 @pytest.mark.parametrize("value", CONSTANTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("pivot", [None, "near", "exact", "zero"])
-def test_a_constant_channel_gives_the_bias(dtype, value, pivot):
+def test_a_constant_channel_gives_the_bias(dtype, value):
     x = jnp.full((32, 13, 13, 3), value, dtype)
     bias = jnp.array([-1.0, 0.0, 0.5])
-    mean = x[0, 0, 0].astype(jnp.float32)
-    K = dict(near=mean * 0.999, exact=mean, zero=mean * 0).get(pivot)
 
     def f(x):
-        return bnjax.batch_norm(x, jnp.array([1.0, 2.0, 0.5]), bias, pivot=K, dtype=jnp.float32)[0]
+        return bnjax.batch_norm(x, jnp.array([1.0, 2.0, 0.5]), bias, dtype=jnp.float32)[0]
 
     for y in (f(x), jax.jit(f)(x)):
         assert_close(y, np.broadcast_to(bias, x.shape), 1e-3, 1.0, "y")
@@ -113,7 +77,9 @@ def test_a_constant_channel_gives_the_bias(dtype, value, pivot):
     [(s, m) for s in (1e18, 1e20, 1e25, 1e30) for m in (0.0, 2.0, 30.0)] + [(1e36, 0.0), (1e36, 2.0)],
 )
 def test_squares_that_overflow(scale, offset):
-    """Output standardised, gradient finite; the variance itself does not exist in float32, so nothing is remembered."""
+    """Checks that y is standardised and the gradient finite; the variance overflows, so the running averages stay
+    unchanged.
+    """
     rng = np.random.default_rng(0)
     x = ((rng.normal(size=(64, 4)) + offset) * scale).astype(np.float32)
     want = _reference(x, np.ones(x.shape))
@@ -162,7 +128,7 @@ def test_float16_sums_over_65504():
 
 
 def test_counts_over_two_to_the_24():
-    rows = 2**24 + 4096  # one more than float32 counts to one by one
+    rows = 2**24 + 4096  # adding ones in float32 stops at 2²⁴
     x = jnp.asarray(np.random.default_rng(0).integers(0, 8, (rows, 1)), jnp.bfloat16)
     want = np.asarray(x, np.float64)
     for moments in (bnjax.batch_moments(x), bnjax.batch_moments(x, mask=jnp.ones((rows, 1), bool))):

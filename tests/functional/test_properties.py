@@ -1,4 +1,4 @@
-"""Laws that hold for every batch, tried on what hypothesis comes up with."""
+"""Tests laws that hold for every batch, on batches drawn by hypothesis."""
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -28,7 +28,7 @@ def weights_for(x):
 
 
 def close(a, b, x):
-    """Two ways to the same moments: means to rounding of the values, variances to rounding of their squares."""
+    """Asserts that two moments agree: means to rounding of the values, variances to rounding of their squares."""
     size = 1 + np.max(np.abs(x))
     assert_close(a.mean, b.mean, 16 * U, size, "mean")
     assert_close(a.var, b.var, 64 * U, 1e-3 + np.asarray(b.var) + U * size**2, "var")
@@ -40,7 +40,7 @@ def normalised(x, **options):
 
 
 def conditioning(x, epsilon=1e-5):
-    """How much a rounding error of x grows in y: (|x| + 1)/√(var + ε)."""
+    """Returns by how much a rounding error of x grows in y: (|x| + 1)/√(var + ε)."""
     return float(np.max((np.abs(x).max(0) + 1) / np.sqrt(x.astype(np.float64).var(0) + epsilon)))
 
 
@@ -105,7 +105,7 @@ def test_a_mask_is_the_rows_that_it_leaves(data):
 @given(batches(), st.floats(-1e3, 1e3).map(np.float32))
 def test_shifting_x_does_not_change_y(x, shift):
     shifted = x + shift
-    back = shifted - shift  # the x that was shifted, as far as float32 can tell
+    back = shifted - shift  # the shifted x, rounded to float32
     assert_close(normalised(shifted), normalised(back), 256 * U, conditioning(shifted) ** 2 * conditioning(back))
 
 
@@ -126,7 +126,7 @@ def test_scale_and_bias_are_affine(x, scale, bias):
 
 @given(batches(), st.data())
 def test_sharding_does_not_matter(x, data):
-    """Over a mapped axis with any weights per part, as over one batch."""
+    """Checks that a mapped axis, with any weights per part, gives the moments of the whole batch."""
     parts = data.draw(st.integers(2, 4))
     stacked = np.stack([np.roll(x, i, axis=0) * (i + 1) for i in range(parts)])
     w = np.stack([data.draw(weights_for(x)) for _ in range(parts)])
@@ -140,7 +140,7 @@ def test_sharding_does_not_matter(x, data):
 @pytest.mark.slow
 @given(st.data())
 def test_the_gradient_is_orthogonal_to_shift_and_scale(data):
-    """Σ dx = 0 always; Σ dx·xhat = 0 but for ε: dx·xhat = rstd·ε·rstd²·Σ dy·xhat."""
+    """Checks Σ dx = 0, and that Σ dx·xhat is only what ε leaves: dx·xhat = rstd·ε·rstd²·Σ dy·xhat."""
     x = data.draw(batches())
     dy = np.random.default_rng(len(x)).normal(size=x.shape).astype(np.float32)
     dx = np.asarray(jax.grad(lambda x: jnp.sum(bnjax.batch_norm(x)[0] * dy))(jnp.asarray(x)), np.float64)

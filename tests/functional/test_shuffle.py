@@ -1,4 +1,6 @@
-"""`shuffle` permutes the rows of all devices as one batch, in every way that JAX has; `unshuffle` undoes it exactly."""
+"""Tests that `shuffle` permutes the rows of all devices as one batch, in every mode of JAX, and `unshuffle`
+inverts it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +71,7 @@ def test_the_gradient_goes_back_to_its_row(way):
 
 
 def test_rows_change_their_company():
-    """Over many keys a pair of rows of one device stays together as often as chance has it: 3 of 31."""
+    """Checks that over many keys two rows of one device stay together as often as by chance, 3 in 31."""
     device = lambda key: bnjax.unshuffle(jnp.arange(ROWS) // 4, key)  # noqa: E731  where each row goes
     places = jax.vmap(device)(jax.random.split(KEY, 4000))
     together = np.mean(places[:, 0] == places[:, 1])
@@ -86,7 +88,9 @@ def test_trees_are_permuted_alike_and_in_their_dtypes():
 
 
 def test_local_statistics_in_other_company():
-    """MoCo's key encoder: each row is normalised with the rows that were shuffled to its device, and comes back."""
+    """Checks MoCo's key encoder: each row is normalized with the rows shuffled to its device, and is put
+    back in place.
+    """
     norm = lambda x: bnjax.batch_norm(x)[0]  # noqa: E731
     encode = lambda x, key, axis_name: bnjax.unshuffle(  # noqa: E731
         norm(bnjax.shuffle(x, key, axis_name=axis_name)), key, axis_name=axis_name

@@ -1,4 +1,4 @@
-"""Scale and bias: given at the call, per channel or per example; 1 + scale; zero at the start."""
+"""Tests scale and bias: given at the call, per channel or per example, with an offset, and zero at the start."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def xhat(x, features=(3,)):
 @pytest.mark.parametrize("shape", [(C,), (N, 1, 1, C), (N, 1, 1, 1), (1, H, H, 1), (N, H, H, C), (1, 1, 1, C)], ids=str)
 @pytest.mark.parametrize("running", [False, True])
 def test_given_at_the_call(layer, shape, running):
-    """Per channel, per example (conditional BN), per position (SPADE)."""
+    """Checks scale and bias per channel, per example (conditional BN) and per position (SPADE)."""
     x, scale, bias = draw(*SHAPE), draw(*shape, seed=1), draw(*shape, seed=2)
     norm = layer(**NO_AFFINE)
     y = norm(x, scale=scale, bias=bias, use_running_average=running)
@@ -77,7 +77,7 @@ def test_channels_first_and_several_feature_axes():
 
 
 def test_gradients_per_example(layer):
-    """dscale_n = Σ dy·xhat over the example, dbias_n = Σ dy, and dx as if dy·scale had come from above."""
+    """Checks dscale_n = Σ dy·xhat over the example, dbias_n = Σ dy, and dx for the cotangent dy·scale."""
     x, scale, bias, dy = draw(*SHAPE), draw(N, 1, 1, C, seed=1), draw(N, 1, 1, C, seed=2), draw(*SHAPE, seed=3)
     norm = layer(**NO_AFFINE)
 
@@ -102,7 +102,7 @@ def test_padding_stays_clean_with_a_given_scale(layer):
 
 
 def test_bfloat16_is_rounded_once(layer):
-    """A float32 xhat, then scale and bias, then the output's dtype."""
+    """Checks that xhat, scale and bias are applied in float32, and only the output is rounded."""
     x, scale, bias = (jnp.asarray(draw(*s), jnp.bfloat16) for s in (SHAPE, (N, 1, 1, C), (N, 1, 1, C)))
     norm = layer(**NO_AFFINE, dtype=jnp.bfloat16)
     y = norm(x, scale=scale, bias=bias)
@@ -138,7 +138,7 @@ def test_scale_offset_starts_as_scale_init_says(layer):
 
 
 def test_scale_offset_adds_to_a_given_scale_and_keeps_the_gradient(layer):
-    """The generators of BigGAN multiply by 1 + gain(z)."""
+    """Checks y = xhat·(1 + gain), as in the generators of BigGAN, and the gradient of the gain."""
     x, gain = draw(*SHAPE), draw(N, 1, 1, C, seed=1)
     norm = layer(**NO_AFFINE, scale_offset=1.0)
     assert_close(norm(x, scale=gain), xhat(x) * (1 + gain), TOL)
@@ -149,7 +149,7 @@ def test_scale_offset_adds_to_a_given_scale_and_keeps_the_gradient(layer):
 
 
 def test_scale_offset_is_added_in_float32(layer):
-    """In bfloat16, 1 + 0.003 is 1."""
+    """Checks that 1 + 0.003 keeps the 0.003, which is lost if the sum is taken in bfloat16."""
     x, gain = draw(*SHAPE), jnp.full(C, 0.003, jnp.bfloat16)
     y = layer(**NO_AFFINE, scale_offset=1.0, dtype=jnp.float32)(x, scale=gain)
     assert_close(y, xhat(x) * (1 + float(gain[0])), TOL)
@@ -161,7 +161,7 @@ def test_scale_offset_without_a_scale_changes_nothing(layer):
 
 
 def test_a_zero_scale_gives_the_bias_and_learns(layer):
-    """The last layer of a residual branch (Goyal et al. 2017, section 5.1): silent, not stuck."""
+    """Checks a scale that starts at zero, as in the last norm of a residual branch (Goyal et al. 2017, section 5.1)."""
     x, dy = draw(*SHAPE), draw(*SHAPE, seed=1)
     norm = layer(scale_init=jax.nn.initializers.zeros)
     np.testing.assert_array_equal(norm(x), np.zeros(SHAPE))
@@ -174,7 +174,7 @@ def test_a_zero_scale_gives_the_bias_and_learns(layer):
 
 
 def test_ensembles_of_conditions_by_vmap():
-    """vmap over scale and bias, with x shared: one batch under several conditions."""
+    """Checks vmap over scale and bias with a shared x: one batch under several conditions."""
     x, scale = draw(*SHAPE), draw(3, C, seed=1)
     norm = bnjax.linen.BatchNorm(**NO_AFFINE, use_running_average=False)
     variables = norm.init(jax.random.key(0), x)

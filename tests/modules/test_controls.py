@@ -1,4 +1,4 @@
-"""The examples of docs/guides/controls.md, run as they stand there, and what the statistics are afterwards."""
+"""Runs the examples of docs/guides/controls.md as written, and tests the statistics that they leave."""
 
 import pathlib
 import re
@@ -24,7 +24,7 @@ TOL = 60 * unit("float32")  # a matrix product over 5 terms, sums over 16 rows, 
 
 
 def blocks():
-    """The code under each heading."""
+    """Returns the code of the page by heading."""
     parts = re.split(r"^#+ (.*)$", TEXT, flags=re.MULTILINE)
     code = ("\n".join(re.findall(r"```python\n(.*?)```", body, re.DOTALL)) for body in parts[2::2])
     return dict(zip(parts[1::2], code, strict=True))
@@ -32,7 +32,7 @@ def blocks():
 
 @pytest.fixture(scope="module")
 def page():
-    """Everything that the page defines."""
+    """Runs the page, and returns the names that it defines."""
     names = {}
     for heading, code in blocks().items():
         exec(compile(code, f"docs/guides/controls.md, {heading}", "exec"), names)
@@ -54,7 +54,7 @@ def labels(seed=0, rows=N):
 
 
 def after(params, *xs, momentum=MOMENTUM):
-    """Running mean and var after a step for each of xs, from the start."""
+    """Returns running mean and var after one step for each of xs, from their initial values."""
     running = np.zeros(H), np.ones(H)
     for x in xs:
         hidden = np.asarray(x, np.float64) @ np.asarray(params["Dense_0"]["kernel"], np.float64)
@@ -86,7 +86,7 @@ def test_the_headings_are_those_of_the_table():
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_no_combination_is_impossible(page, network, running, update, train):
-    """Each control does its own part and no other's."""
+    """Checks that each control has its own effect and no other, in all combinations."""
     params, stats = network
     stats = jax.tree.map(lambda a: a + 0.5, stats)
     x, y = batch(), labels()
@@ -102,11 +102,11 @@ def test_no_combination_is_impossible(page, network, running, update, train):
 
 
 def test_adversarial_attack(page, network):
-    """One step, on the attacked images; the attack left none."""
+    """Checks that the statistics take one step, on the attacked images, and the attack itself takes none."""
     params, stats = network
     _, new = page.adversarial_step(params, stats, batch(), labels())
 
-    def attacked(x):  # in the mode that trains: by the batch
+    def attacked(x):  # in training mode, with batch statistics
         return page.loss_fn(params, stats, x, labels(), use_running_average=False)[0]
 
     x = batch() + 0.1 * jnp.sign(jax.grad(attacked)(batch()))
@@ -114,7 +114,7 @@ def test_adversarial_attack(page, network):
 
 
 def test_sharpness_aware_minimization(page, network):
-    """One step, by the first pass; the gradient is that of the second."""
+    """Checks that the statistics take one step, in the first pass, and that the gradient is that of the second."""
     params, stats = network
     g, new = page.sam_step(params, stats, batch(), labels())
     check(new, params, batch())
@@ -123,7 +123,7 @@ def test_sharpness_aware_minimization(page, network):
 
 
 def test_siamese_double_call(page):
-    """Each view by its own batch; one step, on the first."""
+    """Checks that each view is normalized by its own batch, and the statistics step on the first only."""
     module, a, b = page.Siamese(), batch(1), batch(2) + 3
     variables = module.init(jax.random.key(0), a, b)
     (out_a, out_b), updates = module.apply(variables, a, b, mutable=["batch_stats"])
@@ -135,7 +135,7 @@ def test_siamese_double_call(page):
 
 
 def test_gan_discriminator(page, network):
-    """The discriminator's statistics take one step, on the real images; the generator's step reads them only."""
+    """Checks that the statistics of the discriminator step on the real images, and the generator leaves them alone."""
     params, stats = network
     real, noise = batch(1), batch(2)
     generator = jnp.eye(D)
@@ -145,11 +145,11 @@ def test_gan_discriminator(page, network):
     g = jax.grad(page.generator_loss)(generator, noise, params, new)
     assert np.abs(g).max() > 1e-4
     unseen = jax.grad(page.generator_loss)(generator, noise, params, stats)
-    check_close(g, unseen, TOL)  # and it normalises by its own batch, whatever they are
+    check_close(g, unseen, TOL)  # batch statistics, so the running averages do not matter
 
 
 def test_frozen_fine_tuning(page, network):
-    """Neither statistics nor scale and bias move; the other layers do, and y depends on no other row of the batch."""
+    """Checks that statistics, scale and bias stay fixed, other layers move, and y of a row depends on no other row."""
     params, stats = network
     _, stats = page.loss_fn(params, stats, batch(1), labels(), use_running_average=False)
     optimizer = page.frozen_optimizer(0.1)
@@ -160,7 +160,7 @@ def test_frozen_fine_tuning(page, network):
 
 
 def test_local_statistics(page, network):
-    """Each device by its own rows, without a collective; the statistics stay as they are (and are only read)."""
+    """Checks that each device normalizes by its own rows, without a collective, and the running averages stay fixed."""
     params, stats = network
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     x = batch() * jnp.arange(1.0, N + 1)[:, None]
@@ -172,7 +172,7 @@ def test_local_statistics(page, network):
 
 
 def test_shuffled_keys(page, network):
-    """Every key is where its image was, normalised in another company."""
+    """Checks that each key is at its image's place, and was normalized with the rows shuffled to its device."""
     params, stats = network
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     x, key = batch() * jnp.arange(1.0, N + 1)[:, None], jax.random.key(3)
@@ -186,7 +186,7 @@ def test_shuffled_keys(page, network):
 
 
 def test_two_sets_of_statistics(page):
-    """Each domain's row takes one step, on its own images."""
+    """Checks that the statistics of each domain take one step, on the images of that domain."""
     clean, adversarial = batch(1), batch(2) + 1
     variables = page.SplitNet().init(jax.random.key(0), clean, use_running_average=False, domain=page.CLEAN)
     params, stats = variables["params"], variables["batch_stats"]
@@ -197,7 +197,7 @@ def test_two_sets_of_statistics(page):
 
 
 def test_gradient_accumulation(page, network):
-    """A step for each micro-batch, in order; the gradients add up to the mean of theirs."""
+    """Checks that the statistics step once per micro-batch, in order, and the gradient is the mean over them."""
     params, stats = network
     xs = jnp.stack([batch(i) for i in range(4)])
     ys = jnp.stack([labels(i) for i in range(4)])
@@ -211,7 +211,7 @@ def test_gradient_accumulation(page, network):
 
 
 def test_the_momentum_of_a_whole_step():
-    """k updates by the same moments at m^(1/k) are one update at m."""
+    """Checks that k updates by the same moments at momentum m^(1/k) equal one update at m."""
     moments = bnjax.batch_moments(batch())
     start = bnjax.RunningStats(jnp.zeros(D), jnp.ones(D))
     running = start
@@ -221,7 +221,7 @@ def test_the_momentum_of_a_whole_step():
 
 
 def test_in_nnx(page):
-    """The view shares the variables and leaves them alone, also where jax.grad captures it."""
+    """Checks that a view shares the variables and leaves them unchanged, also if jax.grad captures it."""
 
     class Block(nnx.Module):
         def __init__(self, rngs):
@@ -240,6 +240,6 @@ def test_in_nnx(page):
 
 
 def test_nn_modules_pass_the_flags_on():
-    """A network that hands its flags down needs no other change; Flax's own layer has no `update_stats`."""
+    """Checks that Flax's own layer has no `update_stats`, so that a network passing it on needs bnjax's."""
     with pytest.raises(TypeError, match="update_stats"):
         nn.BatchNorm().init(jax.random.key(0), batch(), use_running_average=False, update_stats=False)

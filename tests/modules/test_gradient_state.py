@@ -1,6 +1,6 @@
-"""PowerNorm and MovingAverageBatchNorm with their statistics of the gradient, against the papers' algorithms in NumPy.
+"""Tests the gradient statistics of PowerNorm and MovingAverageBatchNorm against the papers' algorithms in NumPy.
 
-The new statistics come out as the gradient of the old ones; so a training step is one gradient in both.
+The new statistics are returned as the gradient of the old ones, so that a training step is a single gradient.
 """
 
 import chex
@@ -24,7 +24,7 @@ MASKS = {"no mask": None, "rows": np.arange(ROWS)[:, None] % 3 > 0, "weights": (
 
 
 def _batches():
-    """x, and dy = the derivative of the loss Σ y·h, of each step; scale and bias."""
+    """Returns x and dy (the derivative of the loss Σ y·h) of each step, and scale and bias."""
     rng = np.random.default_rng(0)
     batches = [(rng.normal(size=(ROWS, CHANNELS)) * (1 + i) + 0.5, rng.normal(size=(ROWS, CHANNELS))) for i in range(7)]
     return batches, rng.uniform(0.5, 1.5, CHANNELS), rng.normal(size=CHANNELS)
@@ -35,7 +35,7 @@ def _weights(mask):
 
 
 def power_norm(mask, alpha=0.9):
-    """Shen 2020, algorithm 2, with weights: y, dx, ψ² and ν of every step."""
+    """Computes Shen 2020, algorithm 2, with weights: y, dx, ψ² and ν of every step."""
     batches, scale, bias = _batches()
     w, psi2, nu = _weights(mask), np.ones(CHANNELS), np.zeros(CHANNELS)
     W = w.sum()
@@ -52,7 +52,7 @@ def power_norm(mask, alpha=0.9):
 
 
 def moving_average(mask, momentum=0.98):
-    """Yan 2020, section 4, with weights: own statistics for the first steps, then averages over the last m."""
+    """Computes Yan 2020, section 4, with weights: own statistics in the first steps, then averages over the last m."""
     batches, scale, bias = _batches()
     w, squares, projections, var, r_max = _weights(mask), [], [], np.ones(CHANNELS), 5.0
     W = w.sum()
@@ -72,7 +72,7 @@ def moving_average(mask, momentum=0.98):
 
 
 def _functional(name, mask=None, axis_name=None):
-    """One step: (x, h, scale, bias, running, state) -> y, dx, running, state."""
+    """Returns a step (x, h, scale, bias, running, state) -> (y, dx, running, state)."""
 
     def normalise(x, state, scale, bias, var):
         options = dict(mask=mask, axis_name=axis_name, epsilon=EPSILON)
@@ -127,7 +127,7 @@ def test_steps_are_the_papers(name, mask):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ORACLES)
 def test_devices_share_the_statistics(name, check_vma):
-    """The state is that of the whole batch, on every device, with nothing to add up afterwards."""
+    """Checks that the state is that of the whole batch on every device, without a sum afterwards."""
     data, same = P("data"), P()
     mapped = jax.shard_map(
         _functional(name, axis_name="data"),
@@ -141,7 +141,7 @@ def test_devices_share_the_statistics(name, check_vma):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_linen_with_flax_train_state(name):
-    """`TrainState` overwrites the statistics with their gradients, and the optimizer has no part in it."""
+    """Checks that `TrainState` overwrites the statistics with their gradients, without the optimizer."""
     module = getattr(bnjax.linen, name)(use_running_average=False, epsilon=EPSILON, **FIELDS[name])
     batches, scale, bias = _batches()
     variables = module.init(jax.random.key(0), jnp.ones((ROWS, CHANNELS)))
@@ -217,7 +217,7 @@ def test_arguments():
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_devices_that_normalise_apart_share_the_mean_of_their_states(name):
-    """Where that can be seen (`check_vma`) and running averages differ too, nobody's statistics are added up."""
+    """Checks that without axis_name the states of the devices are averaged, not summed (under check_vma)."""
     x, h = (jnp.asarray(a, jnp.float32) for a in _batches()[0][0])
     vectors, (running, state) = (jnp.ones(CHANNELS), jnp.zeros(CHANNELS)), _start(name)
     local = lambda x, h: _functional(name)(x, h, *vectors, running, state)[3]  # noqa: E731
@@ -229,7 +229,7 @@ def test_devices_that_normalise_apart_share_the_mean_of_their_states(name):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_transformations_agree(name):
-    """vmap, scan and checkpoint around a step with its gradient."""
+    """Checks that vmap and scan over a step with its gradient change nothing."""
     step, (running, state) = _functional(name), _start(name)
     x, h = (jnp.asarray(a, jnp.float32) for a in _batches()[0][0])
     scale, bias = jnp.ones(CHANNELS), jnp.zeros(CHANNELS)

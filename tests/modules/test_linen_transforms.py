@@ -1,4 +1,4 @@
-"""bnjax.linen.BatchNorm under every linen transformation: statistics take exactly one step for each call."""
+"""Tests bnjax.linen.BatchNorm under every linen transformation: statistics take exactly one step per call."""
 
 import inspect
 
@@ -26,7 +26,7 @@ def norm(**fields):
 
 
 def check_updates(stats, *xs):
-    """mean and var after one step for each of xs, in order."""
+    """Asserts that mean and var are those after one step for each of xs, in order."""
     running = np.zeros(C), np.ones(C)
     for x in xs:
         running = oracle.update_running(running, oracle.statistics(np.asarray(x), (1,)), 0.99)
@@ -35,7 +35,7 @@ def check_updates(stats, *xs):
 
 
 def apply_once(module, x, *args):
-    """y and the tree of the one layer's statistics, after init and one call."""
+    """Initializes and calls a module with one layer; returns y and the statistics."""
     variables = module.init(jax.random.key(0), x, *args)
     y, updates = module.apply(variables, x, *args, mutable=BATCH_STATS)
     return y, updates["batch_stats"]
@@ -47,7 +47,7 @@ def xhat(x):
 
 
 def only(tree):
-    """The mean and var of a tree with one layer in it."""
+    """Returns the mean and var of a tree with one layer in it."""
     while "mean" not in tree:
         (tree,) = tree.values()
     return tree
@@ -103,11 +103,11 @@ def test_init_of_nan_starts_clean():
     np.testing.assert_array_equal(stats["mean"], np.zeros(C))
 
 
-# Flax's own ways to use the layer
+# Uses of the layer that Flax's own tests have
 
 
 def test_rank_one_input():
-    """One row for each channel: Flax's tests feed it; y is the bias, the variance 0."""
+    """Checks an input with one row per channel, as in Flax's tests: y is the bias."""
     x = batch()[0]
     y, stats = apply_once(norm(), x)
     np.testing.assert_array_equal(y, np.zeros(C))
@@ -183,7 +183,7 @@ def test_vmap_nested():
 
 
 def test_vmap_with_shared_statistics_and_an_axis_name():
-    """Statistics pooled over the mapped axis are equal on all of it, so that they may be stored once."""
+    """Checks that statistics pooled over the mapped axis are equal along it, so that they can be stored once."""
     x = batch(3)
     shared = dict(variable_axes={"params": None, "batch_stats": None}, split_rngs={"params": False}, axis_name="data")
     y, stats = apply_once(nn.vmap(bnjax.linen.BatchNorm, **shared)(use_running_average=False, axis_name="data"), x)
@@ -193,7 +193,7 @@ def test_vmap_with_shared_statistics_and_an_axis_name():
 
 @pytest.mark.parametrize("momentum", [0.99, None])
 def test_scan_over_steps_shares_and_carries_the_statistics(momentum):
-    """And their step, where there is one."""
+    """Checks that scan over steps carries the statistics, and the count of steps if there is one."""
     scanned = nn.scan(
         lambda layer, carry, x: (carry, layer(x)),
         variable_broadcast="params",
@@ -205,7 +205,7 @@ def test_scan_over_steps_shares_and_carries_the_statistics(momentum):
         @nn.compact
         def __call__(self, x):
             layer = norm(momentum=momentum)
-            if self.is_initializing():  # what nn.scan carries must be there before
+            if self.is_initializing():  # variables that nn.scan carries must exist before
                 return layer(x[0])
             return scanned(layer, 0, x)[1]
 
@@ -241,7 +241,7 @@ def test_scan_over_layers():
 
 @pytest.mark.parametrize("collection", ["params", "batch_stats"])
 def test_map_variables(collection):
-    """Variables stored doubled; the layer inside sees them as they are, and its statistics step once."""
+    """Checks variables stored doubled: the layer inside sees the original values, and its statistics step once."""
 
     class Net(nn.Module):
         @nn.compact
@@ -299,7 +299,7 @@ def test_an_ensemble_on_one_batch():
 
 
 def test_without_a_mutable_collection():
-    """Flax's rule: statistics can only be updated where batch_stats is mutable; update_stats=False does not need it."""
+    """Checks Flax's rule: updates need a mutable batch_stats, and update_stats=False does not."""
     x = batch()
     variables = norm().init(jax.random.key(0), x)
     with pytest.raises(Exception, match="batch_stats"):

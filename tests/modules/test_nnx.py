@@ -1,4 +1,4 @@
-"""bnjax.nnx.BatchNorm in the place of flax.nnx.BatchNorm: the same interface and states, and none of its defects."""
+"""Tests that bnjax.nnx.BatchNorm can replace flax.nnx.BatchNorm: same interface and states, without its defects."""
 
 import inspect
 
@@ -37,13 +37,13 @@ def values(module, kind=nnx.BatchStat):
 
 
 def one_update(x, momentum=0.99):
-    """Running mean and var after one batch, from the start."""
+    """Returns running mean and var after one batch, from their initial values."""
     s = oracle.statistics(np.asarray(x), (1,))
     return oracle.update_running((np.zeros(C), np.ones(C)), s, momentum)
 
 
 def check_one_update(stats, x, times=1):
-    """Fails where a transformation runs the update twice, or not at all."""
+    """Asserts that the statistics took exactly `times` steps: fails if a transformation repeats or drops an update."""
     s, running = oracle.statistics(np.asarray(x), (1,)), (np.zeros(C), np.ones(C))
     for _ in range(times):
         running = oracle.update_running(running, s, 0.99)
@@ -83,7 +83,7 @@ def test_attributes_are_those_of_flax():
 
 @pytest.mark.parametrize("running", [False, True])
 def test_states_load_both_ways(running):
-    """Trained by one, loaded into the other, evaluated or trained on by either: the same values."""
+    """Checks that a state trained by one library evaluates and trains to the same values in the other."""
     for first, second in ((ours, flaxs), (flaxs, ours)):
         a, b = first(), second()
         a(batch(seed=1))
@@ -115,7 +115,7 @@ def test_train_eval_view_and_attributes():
     block.set_attributes(update_stats=False)
     block(x)
     assert (values(block.norms[0])["mean"] == 0).all()
-    block.norms[0](x, update_stats=True)  # the call goes before the attribute
+    block.norms[0](x, update_stats=True)  # an argument of the call overrides the attribute
     assert (values(block.norms[0])["mean"] != 0).all()
 
 
@@ -127,13 +127,13 @@ def test_without_a_choice_of_statistics_the_error_says_so():
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("wrong", [C - 1, C + 1, 1])
 def test_a_wrong_channel_count_is_refused(wrong, running):
-    """Without scale and bias Flax broadcasts."""
+    """Checks for an error where Flax, without scale and bias, broadcasts."""
     with pytest.raises(ValueError, match="num_features must be the size of the feature axes"):
         ours(wrong, use_scale=False, use_bias=False)(batch(), use_running_average=running)
 
 
 def test_lists_give_a_graphdef_that_hashes():
-    """Flax's does not with axis_index_groups in lists, so that jit cannot take it as static."""
+    """Checks that axis_index_groups in lists can be hashed; Flax's layer cannot be a static argument of jit then."""
     module = ours([C], axis=[-1], axis_index_groups=[[0, 1], [2, 3]], axis_name=["data"])
     hash(nnx.graphdef(module))
 
@@ -158,7 +158,7 @@ def test_every_case(case):
 
 
 def test_one_number_for_several_feature_axes():
-    """As in Flax, whose variables are then flat (it can evaluate only: its update adds the flat to the shaped)."""
+    """Checks flat variables for several axes, as in Flax, which can only evaluate with them."""
     case = by_name("two_features")
     x = jnp.asarray(case.arrays()[0])
     flat, shaped, theirs = ours(15, axis=(1, 2)), ours((3, 5), axis=(1, 2)), flaxs(15, axis=(1, 2))
@@ -258,7 +258,7 @@ def test_axis_name_in_vmap():
 
 
 def test_training_with_an_optimizer():
-    """nnx.Optimizer sees the parameters, and one step of the whole moves them and the statistics once."""
+    """Checks that nnx.Optimizer updates the parameters, and that a step updates the statistics once."""
     module, x = ours(), batch()
     optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
 
@@ -272,11 +272,11 @@ def test_training_with_an_optimizer():
     np.testing.assert_array_less(0, module.bias[...])
 
 
-# Merged inside jax.grad, the pattern that Flax refuses
+# Merged inside jax.grad, for which Flax raises an error
 
 
 def merged_grad(module, x):
-    """Gradient and new statistics by jax.grad, from a module merged inside of outer state."""
+    """Returns gradient and new statistics by jax.grad, of a module merged inside from state outside."""
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
     def loss(params):
@@ -295,7 +295,7 @@ def test_merge_inside_grad(transform):
     graphdef, state = nnx.split(module)
     (grads, stats), rest = transform(lambda state: merged_grad(nnx.merge(graphdef, state), x))(state)
     check_one_update(values(stats), x)
-    np.testing.assert_array_equal(rest["mean"][...], np.zeros(C))  # nothing of the trace leaked
+    np.testing.assert_array_equal(rest["mean"][...], np.zeros(C))  # no tracer leaked
     want = nnx.grad(lambda m: jnp.sum(m(x) ** 3))(module)
     for name in ("scale", "bias"):
         assert_close(grads[name][...], want[name][...], 30 * unit("float32"), 30)
@@ -326,7 +326,7 @@ def test_a_captured_module_may_be_read_and_not_updated(transform):
 
 
 def test_variables_that_are_references():
-    """Those may be written from anywhere; Flax 0.12.8 writes the value that is being differentiated, and fails."""
+    """Checks reference variables, which may be written inside jax.grad; Flax 0.12.8 fails there."""
     with nnx.var_defaults(ref=True):
         module = ours()
     x = batch()
@@ -334,11 +334,11 @@ def test_variables_that_are_references():
     check_one_update(values(module), x)
 
 
-# Defects of flax.nnx.BatchNorm, each shown to be there
+# Defects of flax.nnx.BatchNorm, each demonstrated
 
 
 def test_running_statistics_are_not_cast_down():
-    """With dtype=bfloat16 Flax rounds the running mean, 100.4, to 100.5 before it subtracts it."""
+    """Checks that dtype=bfloat16 does not round the running mean; Flax rounds 100.4 to 100.5 before subtracting."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(256, C)) + 100, jnp.float32)
     for make, wrong in ((ours, False), (flaxs, True)):
         module = make(dtype=jnp.bfloat16)

@@ -1,6 +1,6 @@
-"""Weights in front of batch normalization are scale-invariant: what that makes of their gradient and of their training.
+"""Tests that weights before batch normalization are scale-invariant, and what follows for gradient and training.
 
-In float64. ε breaks the invariance a little: either it is too small to matter, or its effect is in the equation.
+All in float64. ε breaks the invariance slightly: it is either too small to matter, or its effect is in the equation.
 """
 
 from functools import cache
@@ -41,14 +41,14 @@ def float64():
 
 
 def _layer(name):
-    """A layer, and what goes into it."""
+    """Returns a layer and an input for it."""
     layer, shape = LAYERS[name]
     return layer, jnp.asarray(np.random.default_rng(1).normal(size=shape))
 
 
 @cache
 def _objective(name, epsilon, norm="BatchNorm"):
-    """`params -> (loss, gradient)` of a layer and the norm behind it, compiled; the loss has no special form."""
+    """Returns a compiled `params -> (loss, gradient)` of a layer followed by the norm, with a generic loss."""
     layer, x = _layer(name)
     model = nn.Sequential([layer, NORMS[norm](use_running_average=False, epsilon=epsilon, param_dtype=float)])
 
@@ -60,7 +60,7 @@ def _objective(name, epsilon, norm="BatchNorm"):
 
 
 def _params(name, factor=1.0):
-    """The kernel is `factor` times as large as it might be; the layer's own bias and the norm's parameters are not."""
+    """Draws parameters; only the layer's kernel is multiplied by `factor`."""
     (layer, x), rng = _layer(name), np.random.default_rng(7)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     norm = {name: np.zeros(shapes["kernel"].shape[-1]) for name in ("scale", "bias")}
@@ -75,7 +75,7 @@ def _kernel(params):
 
 
 def _along(gradient, kernel):
-    """⟨∂L/∂w, w⟩ of each output channel, and the size of its terms."""
+    """Returns ⟨∂L/∂w, w⟩ of each output channel, and the sum of |terms| for the tolerance."""
     product = np.asarray(gradient * kernel).reshape(-1, kernel.shape[-1])
     size = np.abs(product).sum()
     assert size > 1e-3  # there is a gradient
@@ -85,7 +85,7 @@ def _along(gradient, kernel):
 @each_norm
 @each_layer
 def test_the_gradient_is_orthogonal_to_the_weights(name, norm):
-    """In each output channel by itself; and a bias in front of the norm has no gradient at all."""
+    """Checks ⟨∂L/∂w, w⟩ = 0 per output channel, and that a bias before the norm has no gradient."""
     params = _params(name)
     _, gradient = _objective(name, NO_EPSILON, norm)(params)
     inner, size = _along(_kernel(gradient), _kernel(params))
@@ -96,7 +96,7 @@ def test_the_gradient_is_orthogonal_to_the_weights(name, norm):
 
 @one_of_each
 def test_what_epsilon_leaves_along_the_weights(name):
-    """∂xhat/∂α = xhat·ε/(var + ε) where w is αw, so that ⟨∂L/∂w, w⟩ = scale · ∂L/∂scale · ε/(var + ε)."""
+    """Checks ⟨∂L/∂w, w⟩ = scale · ∂L/∂scale · ε/(var + ε), from ∂xhat/∂α = xhat·ε/(var + ε) at weights αw."""
     (layer, x), params = _layer(name), _params(name)
     _, gradient = _objective(name, EPSILON)(params)
     inner, size = _along(_kernel(gradient), _kernel(params))
@@ -109,7 +109,7 @@ def test_what_epsilon_leaves_along_the_weights(name):
 @each_norm
 @one_of_each
 def test_the_loss_forgets_the_scale_and_divides_the_gradient_by_it(name, norm):
-    """L(αw) = L(w) and ∇L(αw) = ∇L(w)/α, with α²ε in the place of ε."""
+    """Checks L(αw) = L(w) and ∇L(αw) = ∇L(w)/α, with ε replaced by α²ε."""
     loss, gradient = _objective(name, EPSILON, norm)(_params(name))
     again, smaller = _objective(name, FACTOR**2 * EPSILON, norm)(_params(name, FACTOR))
     assert_close(again, loss, TOLERANCE, 1)
@@ -118,7 +118,7 @@ def test_the_loss_forgets_the_scale_and_divides_the_gradient_by_it(name, norm):
 
 
 def _train(objective, params, optimizer, steps=5):
-    """The losses on the way and the kernel at the end, where only the layer in front of the norm is trained."""
+    """Trains the layer before the norm only; returns the loss of each step and the final kernel."""
     labels = {"layers_0": "trained", "layers_1": "kept"}
     optimizer = optax.multi_transform({"trained": optimizer, "kept": optax.set_to_zero()}, labels)
     state, losses = optimizer.init(params), []
@@ -133,7 +133,7 @@ def _train(objective, params, optimizer, steps=5):
 
 @one_of_each
 def test_a_step_lengthens_the_weights_as_in_pythagoras(name):
-    """‖w − η∇L‖² = ‖w‖² + η²‖∇L‖²: plain SGD never shortens them."""
+    """Checks ‖w − η∇L‖² = ‖w‖² + η²‖∇L‖²: plain SGD never shortens the weights."""
     params, objective = _params(name), _objective(name, NO_EPSILON)
     step = 3 * _kernel(objective(params)[1])
     _, kernel = _train(objective, params, optax.sgd(3.0), steps=1)
@@ -144,7 +144,7 @@ def test_a_step_lengthens_the_weights_as_in_pythagoras(name):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @one_of_each
 def test_the_learning_rate_counts_by_the_squared_norm(name, momentum):
-    """(αw, α²η) trains as (w, η) does: η/‖w‖² is the effective learning rate (van Laarhoven 2017, section 2)."""
+    """Checks that (αw, α²η) trains as (w, η): η/‖w‖² is the effective rate (van Laarhoven 2017, section 2)."""
     losses, kernel = _train(_objective(name, EPSILON), _params(name), optax.sgd(0.5, momentum))
     objective, larger = _objective(name, FACTOR**2 * EPSILON), _params(name, FACTOR)
     again, kernel_of_larger = _train(objective, larger, optax.sgd(FACTOR**2 * 0.5, momentum))
@@ -154,7 +154,7 @@ def test_the_learning_rate_counts_by_the_squared_norm(name, momentum):
 
 @one_of_each
 def test_weight_decay_is_a_learning_rate_that_grows(name):
-    """With c = 1 − ηλ the rate η·c^(−2t−1) in step t gives w_t/cᵗ, and the same losses (Li & Arora 2020)."""
+    """Checks, with c = 1 − ηλ, that the rate η·c^(−2t−1) gives w_t/cᵗ and the same losses (Li & Arora 2020)."""
     objective, params = _objective(name, NO_EPSILON), _params(name)
     rate, decay, steps = 0.5, 0.1, 5
     c = 1 - rate * decay
@@ -166,7 +166,7 @@ def test_weight_decay_is_a_learning_rate_that_grows(name):
 
 
 def test_every_convolution_of_a_network():
-    """All those in front of a norm, however many layers follow; the head is in front of none, and not orthogonal."""
+    """Checks all layers before a norm in a network, and that the head, which has none after it, is not orthogonal."""
     rng, model = np.random.default_rng(0), ConvNet(lambda **call: BatchNorm(epsilon=NO_EPSILON, **call), widths=(4, 6))
     images, labels = jnp.asarray(rng.normal(size=(10, 8, 8, 1))), jnp.arange(10)
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=False)

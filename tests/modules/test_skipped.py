@@ -1,4 +1,4 @@
-"""Batches with NaN or Inf: the channel keeps its running averages, counts it if asked to, and goes on with the next."""
+"""Tests batches with NaN or Inf: the channel keeps its running averages, counts the batch, and continues."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ FIELDS = {"BatchNorm": {}, "GhostBatchNorm": dict(virtual_batch_size=8), "BatchR
 
 
 def _linen(name):
-    """A step (variables, x) -> variables, and the first variables."""
+    """Returns a step (variables, x) -> variables, the initial variables, and a function that extracts the
+    statistics.
+    """
     module = getattr(bnjax.linen, name)(use_running_average=False, momentum=0.9, count_skipped=True, **FIELDS[name])
 
     @jax.jit
@@ -29,6 +31,7 @@ def _linen(name):
 
 
 def _nnx(name):
+    """Returns a step (state, x) -> state, the initial state, and a function that extracts the statistics."""
     rngs = nnx.Rngs(0)
     module = getattr(bnjax.nnx, name)(CHANNELS, momentum=0.9, count_skipped=True, rngs=rngs, **FIELDS[name])
     graph, start = nnx.split(module)
@@ -102,7 +105,7 @@ def test_merged_replicas_add_their_counts():
 
 
 def test_a_skipped_optimizer_step_can_skip_the_statistics_too():
-    """`optax.apply_if_finite` leaves parameters and its state alone; the statistics follow its verdict."""
+    """Checks that statistics can follow `optax.apply_if_finite`, which skips parameters and optimizer state."""
     norm, optimizer = bnjax.linen.BatchNorm(use_running_average=False), optax.apply_if_finite(optax.sgd(0.1), 5)
     variables = norm.init(jax.random.key(0), GOOD)
     state = (variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))

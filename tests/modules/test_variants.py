@@ -1,7 +1,7 @@
-"""Every property of the family over every row of variants.py. What one variant alone promises is in test_variants_own.
+"""Tests properties of all variants over every row of variants.py; test_variants_own.py has those of single variants.
 
-Value, running averages and derivative by the row's formula, in float64 and spread over devices; evaluation; dtypes; and
-linen and nnx, which must be the functional variant with variables around it.
+Compares value, running averages and derivative with the row's formula, in float64 and split over devices; also
+evaluation, dtypes, and the linen and nnx modules, which must agree with the function.
 """
 
 from functools import cache, partial
@@ -17,7 +17,7 @@ from tests.support.cases import assert_close, by_name, tolerance
 from tests.support.layers import LAYERS
 from tests.support.variants import MOMENTUM, VARIANTS
 
-# In float64: 2⁻⁵³ times the rows, and 1/ε where the variance of a virtual batch is as good as 0.
+# In float64: 2⁻⁵³ times the rows, and 1/ε where the variance of a virtual batch is nearly 0.
 EXACT = 1e-9
 
 rows = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -25,7 +25,9 @@ MASKED, SPREAD = by_name("masked_channels_first"), by_name("nan_in_padding")
 
 
 def draw(variant, case, dtype=np.float32):
-    """x, scale, bias, dy, mask, running: statistics that are neither at their start nor far from the batch's."""
+    """Draws x, scale, bias, dy, mask and running statistics, which are near those of the batch but not
+    equal to them.
+    """
     x, _, _, dy, mask = case.arrays()
     rng = np.random.default_rng(1)
     affine, stats = variant.affine_lead + case.feature_shape, variant.lead + case.feature_shape
@@ -38,7 +40,7 @@ def draw(variant, case, dtype=np.float32):
 
 @cache
 def wanted(variant, case):
-    """By the formula, in float64: y, the running averages, and by autodiff of it the derivatives of Σ y·dy."""
+    """Computes y, running averages and derivatives of Σ y·dy by formula and autodiff, in float64."""
     with jax.enable_x64(True):
         x, scale, bias, dy, mask, running = draw(variant, case, jnp.float64)
 
@@ -51,7 +53,7 @@ def wanted(variant, case):
 
 
 def check(got, want, case, tol):
-    """Sums of dy·xhat are right relative to the sum of their terms; means relative to the size of x."""
+    """Asserts that results agree: sums of dy·xhat relative to the sum of their terms, means relative to x."""
     size = 1 + abs(case.offset)
     terms = np.abs(case.arrays()[3]).sum() / case.feature_shape[-1] * (1 + np.max(np.abs(want["y"])))
     assert_close(got["y"], want["y"], tol, what="y")
@@ -80,7 +82,7 @@ def test_value_derivative_and_running_averages(variant, name):
 @pytest.mark.slow
 @rows
 def test_transformed(variant):
-    """Second derivatives by the formula; rematerialised and mapped as when it is called as it is."""
+    """Checks second derivatives by the formula, and that checkpoint and vmap change nothing."""
     case = by_name("two_features")
     with jax.enable_x64(True):
         x, scale, bias, dy, mask, running = draw(variant, case, jnp.float64)
@@ -104,19 +106,6 @@ def test_transformed(variant):
         wanted_y, wanted_dx = (jnp.stack([f(x) for x in several]) for f in (train, lambda x: slope(train, x)))
         assert_close(jax.vmap(train)(several), wanted_y, EXACT, what="y, mapped")
         assert_close(jax.vmap(lambda x: slope(train, x))(several), wanted_dx, EXACT, what="dx, mapped")
-
-
-@rows
-def test_activation_and_residual(variant):
-    """act(y + residual), as if they followed: in training and in evaluation."""
-    x, scale, bias, dy, mask, running = draw(variant, MASKED)
-    options = dict(axis=MASKED.axis, mask=mask)
-    y, _ = variant.train(x, scale, bias, running, **options)
-    ended, _ = variant.train(x, scale, bias, running, **options, activation=jax.nn.relu, residual=dy)
-    assert_close(ended, jax.nn.relu(y + dy), tolerance(MASKED), what="training")
-    arguments, ending = (x, *running[:2], scale, bias), dict(activation=jax.nn.relu, residual=dy)
-    y, ended = (variant.evaluate(*arguments, axis=MASKED.axis, **e) for e in ({}, ending))
-    assert_close(ended, jax.nn.relu(y + dy), tolerance(MASKED), what="evaluation")
 
 
 @pytest.mark.parametrize("mode", ["one_device", "jit", "shard_map_vma", "shard_map_no_vma", "vmap"])
@@ -148,7 +137,9 @@ def test_evaluation(variant):
 )
 @rows
 def test_dtypes(variant, given, dtype, result):
-    """The output by `dtype` or promotion, the running averages float32 throughout, the derivatives as their arrays."""
+    """Checks that y has `dtype` or the promoted one, running averages are float32, and derivatives have the dtype of
+    their argument.
+    """
     x, scale, bias, _, mask, running = draw(variant, SPREAD)
     x, scale, bias = (v.astype(given) for v in (x, scale, bias))
 
@@ -168,14 +159,14 @@ apis = pytest.mark.parametrize("api", LAYERS)
 
 
 def _layer(api, variant, case, **fields):
-    """A layer that began with one row."""
+    """Builds a layer from an input with one row."""
     shape = [n if a in case.features else 1 for a, n in enumerate(case.shape)]
     fields = dict(axis=case.axis, momentum=MOMENTUM) | variant.fields | fields
     return LAYERS[api](tuple(shape), variant.name, variant.call, **fields)
 
 
 def _loaded(api, variant, case):
-    """A layer with the drawn variables, and the batch."""
+    """Returns a layer with the drawn variables, and the batch."""
     x, scale, bias, dy, mask, running = draw(variant, case)
     layer = _layer(api, variant, case)
     layer.load({k: v for k, v in running._asdict().items() if v is not None}, dict(scale=scale, bias=bias))
@@ -185,7 +176,7 @@ def _loaded(api, variant, case):
 @apis
 @rows
 def test_modules_start_as_batch_norm_does(api, variant):
-    """linen by `init` on one row, which it does not average, under an axis that nobody has mapped yet."""
+    """Checks the initial variables; linen's `init` gets one row, does not average it, and needs no bound axis name."""
     layer = _layer(api, variant, MASKED, axis_name="data")
     stats = dict(mean=0, var=1) | (dict(steps=0) if variant.steps else {})
     starts = (layer.stats, stats, variant.lead), (layer.params, dict(scale=1, bias=0), variant.affine_lead)
@@ -210,7 +201,7 @@ def test_modules_train_as_the_formula_says(api, variant):
 @apis
 @rows
 def test_modules_evaluate_by_what_they_hold(api, variant):
-    """And hold on to it, in evaluation as in training without `update_stats`."""
+    """Checks evaluation with the stored variables, which stay unchanged there and with update_stats=False."""
     layer, x, _, _ = _loaded(api, variant, MASKED)
     stats, params = layer.stats, layer.params
     y = layer(x, use_running_average=True)
@@ -223,7 +214,7 @@ def test_modules_evaluate_by_what_they_hold(api, variant):
 @apis
 @rows
 def test_no_nan_leaves_a_padded_position_in_evaluation(api, variant):
-    """Neither in y nor in a gradient, of x or of the parameters; what is not NaN there stands by itself."""
+    """Checks that NaN and Inf in padding reach neither y elsewhere nor any gradient, in evaluation."""
     layer, x, dy, mask = _loaded(api, variant, MASKED)
     padding = np.broadcast_to(mask == 0, x.shape)
     spoiled = jnp.where(padding, np.where(np.arange(x.size).reshape(x.shape) % 2, np.nan, np.inf), x)

@@ -1,4 +1,4 @@
-"""What one variant alone promises; what all of them do is in test_variants.py."""
+"""Tests properties of single variants; those of all variants are in test_variants.py."""
 
 from functools import partial
 
@@ -33,7 +33,9 @@ SIZES = {
 
 @pytest.mark.parametrize(("options", "sizes"), SIZES.values(), ids=SIZES)
 def test_ghost_of_any_size(options, sizes):
-    """Each slice by itself, in value and derivative; the moments are those of all rows."""
+    """Checks that each slice is normalized by itself, in value and derivative, and the moments are those of
+    all rows.
+    """
     rng = np.random.default_rng(0)
     x, h, scale, bias = rng.normal(size=(3, 10, 2)), rng.normal(size=(3, 10, 2)), np.array([2.0] * 3), np.ones(3)
     mask = rng.integers(0, 3, (1, 10, 1))
@@ -51,7 +53,7 @@ def test_ghost_of_any_size(options, sizes):
             jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * h)))(x) for f in (ours, slices)
         )
         assert_close(y, want, 1e-9)
-        assert_close(dx, want_dx, 1e-9, 1 + np.max(np.abs(want_dx)))  # of a single row it is 0, and rounding times 1/√ε
+        assert_close(dx, want_dx, 1e-9, 1 + np.max(np.abs(want_dx)))  # of one row it is 0 up to rounding · 1/√ε
         moments = ghost_batch_norm(x, axis=0, mask=mask, **options)[1]
     for got, expected in zip(moments, oracle.statistics(x, (0,), mask), strict=True):
         assert_close(got, expected, 1e-12)
@@ -92,7 +94,7 @@ def _per_device(f):
 
 
 def test_ghosts_of_devices_are_batch_norm_per_device():
-    """Under plain jit, in value and derivative, with not a row sent: what is exchanged is whether a guard acts."""
+    """Checks value and derivative under plain jit; devices exchange only the predicate of the guard, no rows."""
     x, _, _, dy, _ = (None if a is None else jnp.asarray(a) for a in CASE.arrays())
     ghosts = jax.jit(
         partial(_value_and_dx, partial(ghost_batch_norm, num_virtual_batches=8)),
@@ -107,7 +109,7 @@ def test_ghosts_of_devices_are_batch_norm_per_device():
 
 
 def test_ghosts_within_devices_need_no_collective():
-    """Inside shard_map y and dx have none; the running averages of everybody have two, of vectors."""
+    """Checks that y and dx need no collective inside shard_map, and the pooled running averages two small ones."""
     x, dy = jnp.ones(CASE.shape), jnp.ones(CASE.shape)
     f = partial(ghost_batch_norm, virtual_batch_size=2, axis_name="data")
     assert hlo.all_reduces(jax.jit(_per_device(f)).lower(x, dy).compile()) == ([], {})
@@ -120,7 +122,7 @@ def test_ghosts_within_devices_need_no_collective():
 
 
 def test_renorm_lies_between_training_and_evaluation():
-    """Without room for r and d it is batch normalization; without limits, normalisation by the running averages."""
+    """Checks r = 1, d = 0, which is batch normalization, and no limits, which uses the running averages."""
     x, scale, bias, _, _ = CASE.arrays()
     mean, var = jnp.full(4, 1.0), jnp.full(4, 3.0)
     tight, _ = batch_renorm(x, mean, var, scale, bias, r_max=1.0, d_max=0.0)
@@ -142,7 +144,7 @@ def test_renorm_wants_room(limits):
 
 
 def test_renorm_limits_follow_the_step():
-    """A third step is limited by r_max(2) and d_max(2), in both modules, and counts to 3."""
+    """Checks that the third step uses r_max(2) and d_max(2) and counts to 3, in both modules."""
     x = jnp.asarray(CASE.arrays()[0])
     limits = dict(r_max=lambda t: 1 + t / 10, d_max=lambda t: t / 10)
     stats = dict(mean=jnp.full(4, 9.0), var=jnp.full(4, 50.0), steps=jnp.full(4, 2.0))
@@ -159,7 +161,7 @@ def test_renorm_limits_follow_the_step():
 
 
 def test_renorm_starts_from_a_checkpoint_of_batch_norm():
-    """Which has no steps: they count from 0, where by default r = 1 and d = 0, in a call that only reads too."""
+    """Checks a checkpoint without steps: they count from 0, where by default r = 1 and d = 0."""
     x = jnp.asarray(CASE.arrays()[0])
     variables = bnjax.BatchNorm().init(jax.random.key(0), x, True)
     want, _ = bnjax.batch_norm(x)
@@ -171,7 +173,7 @@ def test_renorm_starts_from_a_checkpoint_of_batch_norm():
 
 @pytest.mark.parametrize("mask", [None, jnp.ones((32, 1, 1))], ids=["no mask", "mask"])
 def test_renorm_has_the_all_reduces_of_batch_norm(mask):
-    """Its moments are written twice and computed once: one all-reduce forward, one backward, and one guard's."""
+    """Checks one all-reduce forward, one backward, one in the guard: moments are computed once, though called twice."""
     vector = jnp.ones(4)
 
     def loss(x, scale, bias, mask):
@@ -179,7 +181,7 @@ def test_renorm_has_the_all_reduces_of_batch_norm(mask):
         return jnp.sum(jnp.sin(y))
 
     for f, out_specs, count in ((loss, P(), 2), (jax.grad(loss, (0, 1, 2)), (P("data"), P(), P()), 2)):
-        if f is loss:  # the sum of the loss is an all-reduce too
+        if f is loss:  # the sum of the loss is the second all-reduce
             f = lambda *a: jax.lax.psum(loss(*a), "data")  # noqa: E731
         specs = (P("data"), P(), P(), None if mask is None else P("data"))
         mapped = jax.shard_map(f, mesh=MESH, in_specs=specs, out_specs=out_specs)
@@ -212,7 +214,7 @@ def test_a_traced_domain_is_the_domain():
 
 @pytest.mark.parametrize("domain", [-1, 3])
 def test_a_domain_that_is_none(domain):
-    """Refused where it is known; where it is not, y says so and no statistics are lost."""
+    """Checks a domain out of range: an error if it is known; if traced, y is NaN and the statistics stay unchanged."""
     x, layer, variables = _split_layer()
     with pytest.raises(ValueError, match="one of the 3 domains 0 to 2"):
         layer.apply(variables, x, domain=domain, mutable=["batch_stats"])
@@ -228,7 +230,7 @@ def test_a_domain_is_one_integer(domain):
 
 
 def test_split_moments_are_gathered_by_domain():
-    """The collection `moments` and its one update: of each domain its own batches, none where there was none."""
+    """Checks that gathered moments update each domain by its own batches, and leave a domain without batches alone."""
     x, layer, variables = _split_layer()
     held = {}
     for domain, part in ((0, x[:8]), (2, x[8:16]), (0, x[16:])):
@@ -248,7 +250,7 @@ def test_nnx_says_that_a_domain_is_missing():
 
 
 def test_frozen_takes_the_variables_of_batch_norm():
-    """And is its evaluation, whatever the model asks for, and in nnx after `.train()`."""
+    """Checks that FrozenBatchNorm equals BatchNorm's evaluation in any mode, also after `.train()` in nnx."""
     x = jnp.asarray(CASE.arrays()[0])
     source = bnjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     source(x)

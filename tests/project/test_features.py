@@ -1,7 +1,7 @@
-"""The README's table of features: what it says of a library is what the library does here.
+"""Tests the README's table of features: each entry is what the library does here.
 
-Flax is always there; the other peers are tried where they are installed. A feature that a peer gained fails this test:
-then run tests/fixtures/make_features.py, and the README tells it.
+Flax is always tested; other libraries if they are installed. If a library gains a feature, this test fails: run
+tests/fixtures/make_features.py, which updates the README.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Imports point down: functional knows nobody, the two Flax APIs not each other, the library neither of the others."""
+"""Tests that imports point down: functional imports nothing above it, and linen and nnx do not import each other."""
 
 import ast
 import inspect
@@ -15,9 +15,9 @@ BELOW = {  # what each layer may import of the project
     "nnx": {"functional", "nnx"},
     "tools": {"functional", "linen", "nnx", "tools"},
 }
-# The four, and NumPy that they bring; plots and tables use what the extra `experiments` brings, where called for.
-LIBRARY = {"jax", "flax", "optax", "chex", "numpy"}
-OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors"}}
+# The four packages and their dependencies NumPy and ml_dtypes. Packages of extras are imported inside functions.
+LIBRARY = {"jax", "flax", "optax", "chex", "numpy", "ml_dtypes"}
+OPTIONAL = {"tools": {"matplotlib", "rich", "tqdm", "safetensors", "h5py"}}
 
 
 def _imports(tree):
@@ -59,7 +59,7 @@ def test_every_file_is_short():
 
 
 def test_nothing_is_pickled():
-    """Neither written nor read: a checkpoint or a converted file runs no code of somebody else's."""
+    """Checks that nothing is pickled or unpickled, so that loading a file never runs code from it."""
     pickles = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     for path in [*ROOT.rglob("*.py"), *ROOT.parent.glob("experiments/**/*.py")]:
         assert not {name.split(".")[0] for name, _ in _imports(ast.parse(path.read_text()))} & pickles, path
@@ -67,8 +67,8 @@ def test_nothing_is_pickled():
 
 
 def test_options_are_keyword_only():
-    """Arrays may be given by position; what says how, by name."""
-    options = {"axis", "mask", "pivot", "axis_name", "axis_index_groups", "dtype", "activation", "residual", "momentum"}
+    """Checks that options are keyword-only; arrays may be given by position."""
+    options = {"axis", "mask", "axis_name", "axis_index_groups", "dtype", "momentum"}
     for name, function in {**vars(bnjax), **vars(bnjax.functional), **vars(bnjax.tools)}.items():
         if name.startswith("_") or not inspect.isfunction(function):
             continue

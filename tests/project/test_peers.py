@@ -1,6 +1,6 @@
-"""What Flax gets wrong today, beside what bnjax gives: the rows of docs/guides/coming_from/flax.md.
+"""Tests what Flax gets wrong today against what bnjax gives: the rows of docs/guides/coming_from/flax.md.
 
-If Flax mends one, the test fails and the page has a row to change.
+If Flax fixes one, the test fails and the page has a row to change.
 """
 
 import flax.linen as nn
@@ -28,7 +28,7 @@ def _apply(module, x, mask=None, **options):
 
 
 def _sharded(module, x, mask):
-    """Over four devices, under shard_map; the statistics of each device."""
+    """Applies a module over four devices under shard_map; returns y and the statistics of each device."""
 
     def local(x, mask):
         y, stats = _apply(module, x, mask, axis_name="data")
@@ -43,7 +43,7 @@ def _uneven(*counts):
 
 
 def test_masks_of_different_counts_per_device():
-    """Valid counts 4, 4, 1, 1."""
+    """Checks a mask with 4, 4, 1 and 1 valid rows on the four devices."""
     x = jnp.arange(16.0)[:, None]
     mask = _uneven(4, 4, 1, 1)
     want = oracle.statistics(np.asarray(x), (1,), np.asarray(mask))

@@ -1,4 +1,4 @@
-"""What the README and the pages in docs/ show runs as pasted, and CI runs the command that it gives."""
+"""Tests that the code in the README and in docs/ runs as pasted, and that CI runs the README's test command."""
 
 import os
 import pathlib
@@ -15,19 +15,19 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "project")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT / "docs")))
 def test_page(page):
-    """The blocks of a page run one after the other, each with what those before it made."""
+    """Runs the code blocks of a page one after the other, in one namespace."""
     names = {"__name__": "__main__"}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         exec(compile(block, page.name, "exec"), names)
 
 
 def test_program_of_several_processes(tmp_path):
-    """The block of devices.md that is a file, started twice as the page says."""
+    """Checks the program in devices.md, started twice as the page says."""
     text = (ROOT / "docs" / "guides" / "devices.md").read_text()
     (program,) = re.findall(r'^```python title="pod.py"\n(.*?)^```', text, re.M | re.S)
     (tmp_path / "pod.py").write_text(program)

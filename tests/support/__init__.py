@@ -1,1 +1,1 @@
-"""What tests share: the oracle, the tables of cases, ways to spread a batch, processes."""
+"""Shared by the tests: the oracle, the tables of cases, ways to split a batch over devices, processes."""

@@ -1,4 +1,4 @@
-"""What a layer must answer to a row of bad_inputs.py: y and the running averages, in NumPy float64."""
+"""Computes the right answer of a layer to a row of bad_inputs.py: y and running averages, in NumPy float64."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from tests.support import oracle
 
 
 def seen(x, x64=False):
-    """x as the layer can see it: without x64 in float32, however wide it came; then in float64 (or complex128)."""
+    """Returns x as the layer sees it: rounded to float32 without x64, then widened to float64 (or complex128)."""
     x = np.asarray(x)
     if np.iscomplexobj(x):
         return (x if x64 else x.astype(np.complex64)).astype(np.complex128)
@@ -15,7 +15,7 @@ def seen(x, x64=False):
 
 
 def statistics(x, features, mask):
-    """Those of the oracle; of complex x a complex mean, and the variance E|x − mean|²."""
+    """Computes the oracle's statistics; of complex x a complex mean, and the variance E|x − mean|²."""
     if not np.iscomplexobj(x):
         return oracle.statistics(x, features, mask)
     real, imag = (oracle.statistics(part, features, mask) for part in (x.real, x.imag))
@@ -24,7 +24,7 @@ def statistics(x, features, mask):
 
 @np.errstate(all="ignore")
 def answer(case):
-    """y, mean, var as a dict; NaN where NaN is right."""
+    """Returns the right y, mean and var as a dict, with NaN where NaN is right."""
     x = seen(case.x(), case.x64)
     mask = _mask(case)
     axes = (case.axis,) if isinstance(case.axis, int) else case.axis
@@ -36,7 +36,7 @@ def answer(case):
     batch = statistics(x, features, mask)
     y = _normalised(case, _readable(x, mask, batch.mean, features), batch.mean, batch.var, features)
     y = _nan_at(y, case.nan, features)
-    # what float32 cannot hold is not averaged, nor what is not finite
+    # moments that overflow float32 or are not finite leave the running averages unchanged
     var = np.where(batch.var <= np.finfo(np.float64 if case.x64 else np.float32).max, batch.var, np.nan)
     var[list(case.nan)] = np.nan
     mean, var = oracle.update_running((held["mean"], held["var"]), batch._replace(var=var), float(case.momentum))
@@ -44,7 +44,7 @@ def answer(case):
 
 
 def _mask(case):
-    """The weights, of which evaluation only asks where they are zero."""
+    """Returns the weights as float64; evaluation only uses where they are zero."""
     return None if case.mask is None else np.asarray(case.mask, np.float64)
 
 
@@ -59,7 +59,7 @@ def _normalised(case, x, mean, var, features):
 
 
 def _readable(x, mask, mean, features):
-    """x with NaN and Inf at weight zero read as the mean."""
+    """Replaces NaN and Inf at weight zero by the mean."""
     if mask is None:
         return x
     lost = ~(np.broadcast_to(mask, x.shape) > 0) & ~np.isfinite(x)
@@ -81,10 +81,10 @@ def _unit(dtype):
 
 
 def errors(got, want, case):
-    """What is wrong with each of y, mean and var, in words; empty if all is right.
+    """Describes what is wrong with each of y, mean and var; empty if all is right.
 
-    y may be wrong by 1e-5, the bound of the design, and by the rounding to its dtype; where a channel is as good as
-    constant by 1e-3. The running averages by 1e-5 of the standard deviation and of the value.
+    y may be off by 1e-5, the bound of the design, plus the rounding to its dtype; by 1e-3 in channels that are nearly
+    constant. The running averages may be off by 1e-5 of the standard deviation and of the value.
     """
     wrong = {}
     for name, value in want.items():
@@ -101,7 +101,7 @@ def errors(got, want, case):
 
 @np.errstate(all="ignore")
 def _floor(case, name):
-    """The error that no relative one allows: of y near zero, and of averages near zero."""
+    """Returns the allowed absolute error, which counts near zero, where a relative one allows nothing."""
     x = seen(case.x(), case.x64)
     if name == "y":
         features = (case.axis,) if isinstance(case.axis, int) else case.axis

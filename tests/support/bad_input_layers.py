@@ -1,7 +1,7 @@
-"""Rows of bad_inputs.py as layers: each function gives `run(x, **data) -> {y, mean, var}` for one row.
+"""Builds layers from rows of bad_inputs.py: each function returns `run(x, **data) -> {y, mean, var}`.
 
-`data` are what a row holds besides x (mask, mean, var), for callers who want them traced. The modules may be bnjax's
-or Flax's: they have the same fields.
+`data` are the row's arrays besides x (mask, mean, var), for callers who want them traced. The modules may be bnjax's or
+Flax's, which have the same fields.
 """
 
 import jax
@@ -13,7 +13,7 @@ import bnjax
 
 
 def fields(case):
-    """The fields that all modules share."""
+    """Returns the fields that all modules share."""
     usual = dict(axis=case.axis, epsilon=case.epsilon, momentum=case.momentum, dtype=case.dtype)
     return usual | dict(use_scale=case.affine, use_bias=case.affine)
 
@@ -35,7 +35,9 @@ def functional(case):
 
 
 def linen(case, module=bnjax.linen.BatchNorm, stack=lambda v: v, call=None, **own):
-    """`stack` makes the variables of one layer those of the module; `own` are its fields, `call` its options."""
+    """Builds a linen layer; `stack` adapts a layer's variables to the module, `own` are extra fields, `call` extra
+    arguments.
+    """
     layer = module(use_running_average=not case.train, **fields(case), **own)
 
     def run(x, **data):
@@ -68,7 +70,10 @@ APIS = dict(functional=functional, linen=linen, nnx=nnx_module)
 
 
 def traced(run, x, how, **data):
-    """run(x) outside of a trace, in one, or for its shapes alone; what is no array is a constant of the trace."""
+    """Calls run(x) eagerly, under jit, or for its shapes alone.
+
+    Arguments that are not arrays are constants of the trace.
+    """
     if how == "eager":
         return run(x, **data)
     transform = jax.jit if how == "jit" else lambda f: lambda *args: jax.eval_shape(f, *args)

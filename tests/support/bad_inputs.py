@@ -1,9 +1,9 @@
-"""The table of unusual and bad input: what a layer is given, and what must come of it.
+"""Lists unusual and bad inputs: what a layer is given, and the error or answer that it must give.
 
-A row is a normalization layer in NumPy terms, so that peers can be given the same: x, the options of the layer, the
-variables that were loaded into it. What must come is an error that says what is wrong, or the float64 answer of
-bad_input_answers.py. test_bad_inputs.py runs every row through functional, linen and nnx, outside of a trace and in
-one; fixtures/make_bad_inputs_peers.py runs it through the other libraries, for docs/background/bad_input.md.
+A row describes a normalization layer with NumPy arrays, so that other libraries can run it too: x, the options, and the
+variables loaded into the layer. It must give an error that says what is wrong, or the float64 answer of
+bad_input_answers.py. test_bad_inputs.py runs every row through functional, linen and nnx, eagerly and traced;
+fixtures/make_bad_inputs_peers.py runs it through other libraries, for docs/background/bad_input.md.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: `x()` is what the layer is called with."""
+    """One row of the table; `x()` returns the input of the layer."""
 
     name: str
     x: Callable[[], Any]
@@ -28,12 +28,12 @@ class Case:
     dtype: Any = None  # of the output
     channels: tuple[int, ...] = (3,)  # the shape of the variables
     affine: bool = False
-    loaded: dict[str, Any] = dataclasses.field(default_factory=dict)  # mean, var, scale, bias in place of the usual
+    loaded: dict[str, Any] = dataclasses.field(default_factory=dict)  # replace default mean, var, scale, bias
     x64: bool = False
     error: type[Exception] | None = None
     message: str = ""  # of the error, a pattern
-    as_data: str = ""  # mask or var: an error in NumPy's hands, NaN in a jax.Array's, whose values a trace cannot see
-    nan: tuple[int, ...] = ()  # channels where NaN is the answer, besides those where float64 gives it
+    as_data: str = ""  # "mask" or "var": an error as NumPy array; NaN as jax.Array, whose values a trace cannot see
+    nan: tuple[int, ...] = ()  # channels where NaN is right, besides those where the float64 answer is NaN
     warns: bool = False  # of one row
 
     def __str__(self):
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def variables(self):
-        """mean, var and, in an affine layer, scale and bias: all different, so that a mix-up is seen."""
+        """Returns mean, var and, in an affine layer, scale and bias: all different, so that a mix-up is seen."""
         n = int(np.prod(self.channels))
         start = {"mean": np.linspace(-1, 1, n), "var": np.linspace(0.5, 2, n)}
         if self.affine:
@@ -51,7 +51,7 @@ class Case:
 
 
 def normal(*shape, dtype=np.float32, loc=0.5, scale=1.0):
-    """x() of normal values of a shape, (6, 3) by default."""
+    """Returns a function that draws normal values of a shape, (6, 3) by default."""
 
     def draw():
         values = np.random.default_rng(0).normal(loc, scale, shape or (6, 3))
@@ -69,7 +69,7 @@ def constant(value, dtype=np.float32, shape=(6, 3)):
 
 
 def holding(value, *at, train=None):
-    """x() with a value at some positions (row, channel)."""
+    """Returns a function that draws normal values with `value` at some positions (row, channel)."""
 
     def draw():
         x = normal()()
@@ -86,7 +86,6 @@ def given(value):
 
 F8, F8_5, F4, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
 NO_NUMBERS = dict(error=TypeError, message="x must be an array of numbers")
-WRONG_AXIS = dict(error=ValueError, message="axis")
 NO_AXIS = dict(error=TypeError, message="axis must be an integer")
 CHANNELS = dict(
     error=ValueError, message="must have (the shape of the feature|shape|one feature shape)|num_features must"
@@ -228,7 +227,7 @@ CASES = [
     Case("NaN in the scale", normal(), affine=True, loaded={"scale": np.array([1, np.nan, 1], np.float32)}),
     Case("scale zero", normal(), affine=True, loaded={"scale": np.zeros(3, np.float32)}),
     Case("float16 scale and bias", normal(), affine=True, loaded={"scale": ONES.astype(np.float16)}),
-    # running variances that are none
+    # running variances that are not valid, or are extreme
     Case("running variance -1", normal(), loaded={"var": np.array([1, -1, 1], np.float32)}, nan=(1,), **VARIANCE),
     Case("running variance -5e-6", normal(), loaded={"var": np.array([1, -5e-6, 1], np.float32)}, nan=(1,), **VARIANCE),
     Case("running variance NaN", normal(), loaded={"var": np.array([1, np.nan, 1], np.float32)}, nan=(1,), **VARIANCE),

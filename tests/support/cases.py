@@ -1,4 +1,4 @@
-"""The table of cases that the property tests run over, and the tolerances that follow from dtype and rows."""
+"""Lists the cases that property tests run over, and the tolerances that follow from dtype and number of rows."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from tests.support import oracle
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kind of batch. `arrays` draws it; everything else is derived."""
+    """One kind of batch; `arrays` draws it, and the other properties follow from its fields."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Case:
         return math.prod(n for a, n in enumerate(self.shape) if a not in self.features)
 
     def arrays(self, seed=0):
-        """x, scale, bias, dy, mask as NumPy arrays (x in the case's dtype)."""
+        """Draws x, scale, bias, dy and mask as NumPy arrays (x in the case's dtype)."""
         rng = np.random.default_rng(seed)
         x = (rng.normal(size=self.shape) + self.offset).astype(jnp.dtype(self.dtype))
         scale, bias = rng.uniform(0.5, 1.5, self.feature_shape), rng.normal(size=self.feature_shape)
@@ -49,12 +49,12 @@ class Case:
 
 
 def _per_row(case):
-    """The shape of a mask with one weight for every position of the first axis."""
+    """Returns the shape of a mask with one weight per position of the first axis."""
     return (case.shape[0],) + (1,) * (len(case.shape) - 1)
 
 
 def _uneven(rng, case):
-    """Valid counts per eighth of the batch: all, all, half, one, ... as the last batch of an epoch has them."""
+    """Masks each eighth of the batch differently: all rows valid, half, one, ..., as at the end of an epoch."""
     n = case.shape[0]
     share = np.arange(n) // max(1, n // 8)
     place = np.arange(n) % max(1, n // 8)
@@ -62,7 +62,7 @@ def _uneven(rng, case):
 
 
 def _empty_shard(rng, case):
-    """The first and the last eighth hold nothing."""
+    """Masks the whole first and last eighth of the batch."""
     n = case.shape[0]
     return ((np.arange(n) >= n // 8) & (np.arange(n) < n - n // 8)).reshape(_per_row(case))
 
@@ -109,14 +109,14 @@ CASES = [
 
 
 def unit(dtype):
-    """The rounding error of one operation."""
+    """Returns the rounding error of one operation."""
     return float(jnp.finfo(dtype).eps) / 2
 
 
 def tolerance(case, statistics="float32"):
-    """The relative rounding error of a sum over the rows: a tree of additions over them, and some twenty operations.
+    """Returns the rounding error of a sum over the rows: a tree of additions, and some twenty operations.
 
-    It is relative to Σ|terms|, which the callers provide as a magnitude.
+    It is relative to Σ|terms|, which callers pass to `assert_close` as the magnitude.
     """
     return (math.log2(case.rows + 1) + 20) * unit(statistics)
 
@@ -127,7 +127,7 @@ def expected(case, arrays, epsilon=1e-5):
 
 
 def assert_close(actual, wanted, tol, magnitude=None, what=""):
-    """|actual − wanted| ≤ tol·magnitude everywhere; magnitude defaults to the largest |wanted| of the array."""
+    """Asserts |actual − wanted| ≤ tol·magnitude everywhere; magnitude defaults to the largest |wanted|."""
     actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
     assert actual.shape == wanted.shape, f"{what}: shape {actual.shape}, wanted {wanted.shape}"
     assert np.isfinite(actual).all(), f"{what}: not finite"

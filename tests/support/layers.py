@@ -1,6 +1,6 @@
-"""linen and nnx behind one face, for tests of what both must do: `LAYERS[api](shape, axis=..., **fields)`.
+"""Gives linen and nnx layers one interface, for tests of both: `LAYERS[api](shape, axis=..., **fields)`.
 
-`name` is that of the module, `call` what each call of it needs.
+`name` is the class of the module, and `call` holds arguments that every call needs.
 """
 
 import jax
@@ -44,7 +44,7 @@ class Linen:
             self.variables["params"] = params
 
     def grad(self, loss, x, **options):
-        """The gradient of loss(y) in the parameters."""
+        """Returns the gradient of loss(y) in the parameters."""
         options = self.call | options
         rest = {k: v for k, v in self.variables.items() if k != "params"}
 
@@ -55,7 +55,7 @@ class Linen:
 
 
 class Nnx:
-    """The same for nnx, whose modules hold their variables."""
+    """An nnx layer with the interface of `Linen`; the module holds its own variables."""
 
     def __init__(self, shape, name="BatchNorm", call=None, **fields):
         axis = fields.get("axis", -1)

@@ -1,4 +1,4 @@
-"""One batch over eight devices, in every way that JAX has: y, moments, running statistics and gradients of each.
+"""Runs one batch on eight devices in every way that JAX has: y, moments, running statistics and gradients.
 
 Also a program: `python -m tests.support.modes PORT PROCESS OUT` is one of two processes with four devices each.
 """
@@ -9,10 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from tests.support.cases import by_name
 from tests.support.processes import join
 
 DEVICES = 8
@@ -20,13 +22,13 @@ MOMENTUM = 0.9
 
 
 def train(x, scale, bias, running, **options):
-    """What is spread: y, and a dict of statistics that all devices share."""
-    y, moments = bnjax.batch_norm(x, scale, bias, pivot=running.mean, **options)
+    """Computes y, which is split over the devices, and a dict of statistics that all devices share."""
+    y, moments = bnjax.batch_norm(x, scale, bias, **options)
     return y, dict(moments=moments, running=bnjax.update_running(running, moments, momentum=MOMENTUM))
 
 
 def step(x, scale, bias, dy, mask, running, axis_name=None, train=train):
-    """Everything that is asserted, with the gradients of Σ y·dy over the rows that this program sees."""
+    """Computes everything that is tested, with the gradients of Σ y·dy over the rows that this program sees."""
 
     def loss(x, scale, bias):
         y, shared = train(x, scale, bias, running, mask=mask, axis_name=axis_name, dtype=jnp.float32)
@@ -37,7 +39,7 @@ def step(x, scale, bias, dy, mask, running, axis_name=None, train=train):
 
 
 def _summed_step(*args, train):
-    """In a mapped program whose gradients JAX does not add up by itself."""
+    """Computes a step and sums the gradients over devices, for mapped programs in which JAX does not."""
     out = step(*args, axis_name="data", train=train)
     return out | {k: jax.lax.psum(out[k], "data") for k in ("dscale", "dbias")}
 
@@ -59,7 +61,7 @@ def one_device(*args, train=train):
 
 
 def jit(*args, train=train):
-    """Plain jit over a sharded batch: the statistics are global by construction."""
+    """Computes a step under plain jit over a sharded batch, where statistics are global."""
     mesh = _mesh()
     spec = _in_specs(args[4])
     placed = jax.tree.map(lambda s, a: jax.device_put(a, NamedSharding(mesh, s)), spec, args)
@@ -80,7 +82,7 @@ def _mapped(transform, *args, train=train):
     mapped = lambda b: _summed_step(b["x"], scale, bias, b["dy"], b["mask"], running, train=train)  # noqa: E731
     out = transform(mapped, axis_name="data")(batch)
     whole = {k: out[k].reshape(x.shape) for k in ("y", "dx")}
-    return jax.tree.map(lambda a: a[-1], out) | whole  # what is shared must be right on the last device too
+    return jax.tree.map(lambda a: a[-1], out) | whole  # shared results must be right on the last device too
 
 
 MODES = dict(
@@ -94,23 +96,19 @@ MODES = dict(
 
 
 def flat(out):
-    """The result as one dict of arrays."""
+    """Returns the result as one dict of arrays."""
     shared = {f"{k}.{f}": v for k, part in out["shared"].items() for f, v in part._asdict().items() if v is not None}
     return {k: v for k, v in out.items() if k != "shared"} | shared
 
 
 def _place(spec, array):
-    """A global array of which this process fills in its own part."""
+    """Creates a global array of which this process fills in its own part."""
     return jax.make_array_from_callback(array.shape, NamedSharding(_mesh(), spec), lambda i: np.asarray(array)[i])
 
 
 def main(port, process, out):
-    """One of two processes: fills in its half of the batch, compares nothing, writes everything."""
+    """Runs one of two processes on its half of the batch, and writes all results."""
     join(port, process, DEVICES // 2)
-    from jax.experimental import multihost_utils
-
-    from tests.support.cases import by_name  # after the devices are set
-
     results = {}
     for name in sys.argv[4:]:
         x, scale, bias, dy, mask = by_name(name).arrays()
@@ -122,7 +120,7 @@ def main(port, process, out):
 
 
 def start(shape):
-    """Running statistics that are neither at their initial values nor near the batch."""
+    """Returns running statistics that are neither at their initial values nor near the batch."""
     return bnjax.RunningStats(jnp.full(shape, 0.25), jnp.full(shape, 2.0))
 
 

@@ -1,10 +1,10 @@
-"""The textbook formula in plain jax.numpy, for autodiff to differentiate: right in float64."""
+"""Computes the textbook formula in plain jax.numpy, for autodiff to differentiate; accurate in float64."""
 
 import jax.numpy as jnp
 
 
 def moments(x, features, mask=None):
-    """Mean, biased variance and count, each of the rank of x; an empty channel has mean 0 and var 0."""
+    """Computes mean, biased variance and count with the rank of x; an empty channel has mean 0 and var 0."""
     rows = tuple(a for a in range(x.ndim) if a not in features)
     w = jnp.ones_like(x) if mask is None else jnp.broadcast_to(jnp.asarray(mask, x.dtype), x.shape)
     held = jnp.where(w > 0, x, 0)
@@ -14,7 +14,7 @@ def moments(x, features, mask=None):
 
 
 def readable(x, mean, mask=None):
-    """x, with what is not finite at positions of weight zero read as the mean."""
+    """Replaces non-finite x at positions of weight zero by the mean."""
     return x if mask is None else jnp.where((jnp.asarray(mask) == 0) & ~jnp.isfinite(x), mean, x)
 
 

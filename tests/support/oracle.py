@@ -1,6 +1,6 @@
-"""Batch normalization in plain NumPy float64, written from the paper and not from the library: no JAX here.
+"""Computes batch normalization in NumPy float64, from the paper's formulas and independently of the library.
 
-Weights w default to 1. Every function takes whole (unsharded) arrays and the feature axes as a tuple.
+Weights w default to 1. Every function takes whole (unsharded) arrays, and the feature axes as a tuple.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def _weights(x, mask):
 
 
 def statistics(x, features, mask=None):
-    """W = Σw, mean = Σwx / W, var = Σw(x − mean)² / W; an empty channel has mean 0 and var 0."""
+    """Computes W = Σw, mean = Σwx / W, var = Σw(x − mean)² / W; an empty channel has mean 0 and var 0."""
     rows = rows_of(x, features)
     w, x = _weights(x, mask)
     count = w.sum(rows)
@@ -43,10 +43,11 @@ def statistics(x, features, mask=None):
 
 
 def batch_norm(x, scale, bias, dy, features, epsilon=1e-5, mask=None):
-    """y and, for a cotangent dy, the derivative: dxhat = dy·scale,
+    """Computes y and, for a cotangent dy, the derivatives.
 
-    dx_j = rstd·dxhat_j − w_j·rstd/W·(Σ dxhat + xhat_j Σ dxhat·xhat), the sums over every position that has an output.
-    A non-finite x at weight zero is read as the mean: its output is the bias and depends on nothing else.
+    With dxhat = dy·scale: dx_j = rstd·dxhat_j − w_j·rstd/W·(Σ dxhat + xhat_j Σ dxhat·xhat), with sums over every
+    position that has an output. A non-finite x at weight zero is read as the mean: its output is the bias and depends
+    on nothing else.
     """
     rows = rows_of(x, features)
     w, _ = _weights(x, mask)
@@ -73,8 +74,12 @@ def normalize(x, mean, var, scale, bias, features, epsilon=1e-5):
 
 
 def update_running(old, s, momentum):
-    """Running mean and var; channels without rows or with non-finite moments keep theirs."""
+    """Computes the new running mean and var.
+
+    Channels without rows or with non-finite moments keep both, and channels with one row keep var. A count of at most 1
+    means one row, and not a sum of fractional weights, if the variance is only rounding.
+    """
     keep = (s.count == 0) | ~np.isfinite(s.mean) | ~np.isfinite(s.var)
-    return tuple(
-        np.where(keep, o, momentum * o + (1 - momentum) * n) for o, n in zip(old, (s.mean, s.var), strict=True)
-    )
+    one_row = (s.count <= 1) & (s.var <= 2.0**-22 * np.abs(s.mean) ** 2)
+    step = lambda keep, old, new: np.where(keep, old, momentum * old + (1 - momentum) * new)  # noqa: E731
+    return step(keep, old[0], s.mean), step(keep | one_row, old[1], s.var)

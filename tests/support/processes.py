@@ -1,4 +1,4 @@
-"""Two real processes, joined by `jax.distributed` and gloo on localhost; they end by themselves."""
+"""Runs two real processes, connected by `jax.distributed` and gloo on localhost; both exit by themselves."""
 
 import os
 import pathlib
@@ -13,9 +13,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run_two(program, folder, *arguments):
-    """What `python -m program PORT PROCESS OUT arguments...` wrote as .npz, in each of two processes."""
+    """Runs `python -m program PORT PROCESS OUT arguments...` in two processes; returns the arrays each
+    wrote as .npz.
+    """
     port = free_port()
-    # One process's devices are its own affair, not the eight of this one.
+    # Each process sets its own number of devices, not the eight of this one.
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     command = [sys.executable, "-m", program, str(port)]
     workers = [
@@ -35,14 +37,14 @@ def run_two(program, folder, *arguments):
 
 
 def free_port():
-    """A port that nobody listens on."""
+    """Returns a port on which no process listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def join(port, process, devices):
-    """Inside one of the two: meets the other, each with so many CPU devices."""
+    """Connects one of the two processes to the other, with this many CPU devices."""
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = f"127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""`python -m experiments.train` as a process of its own: start it, read what it wrote, compare two runs bit by bit."""
+"""Runs `python -m experiments.train` as a separate process, reads what it wrote, and compares runs bit by bit."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments import jsonl
 from experiments.data.images import IMAGES, LABELS
-from experiments.train.records import Line, read_lines
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def start(
     under: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-    """The program with these options; `under` is a command that starts it in its turn."""
+    """Starts the program with these options; `under` is a command that runs it."""
     command = [*under, sys.executable, "-W", "error", "-m", module, *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})}
@@ -32,7 +32,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    """The standard output, or the standard error where `status` says that it fails."""
+    """Waits for the program; returns its standard output, or its standard error if `status` is a failure."""
     try:
         out, errors = process.communicate(timeout=LIMIT)
     finally:
@@ -42,17 +42,17 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def free_address() -> str:
-    """localhost:port, where nobody listens."""
+    """Returns localhost:port, where no process listens."""
     return f"localhost:{free_port()}"
 
 
 def idx(magic: int, values: np.ndarray) -> bytes:
-    """The content of an IDX file."""
+    """Returns the content of an IDX file."""
     return np.array([magic, *values.shape], ">u4").tobytes() + values.astype(np.uint8).tobytes()
 
 
 def write_images(folder: Path, train: int, test: int) -> Path:
-    """An MNIST-format folder of noise, for runs whose numbers need not mean anything."""
+    """Writes an MNIST-format folder of noise, for runs whose accuracy does not matter."""
     folder.mkdir()
     for part, count in (("train", train), ("t10k", test)):
         images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
@@ -62,7 +62,7 @@ def write_images(folder: Path, train: int, test: int) -> Path:
 
 
 def compilation_cache(folder: Path) -> dict[str, str]:
-    """The environment under which a program finds there what an earlier one compiled."""
+    """Returns the environment in which a program reuses what earlier ones compiled."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -70,19 +70,19 @@ def compilation_cache(folder: Path) -> dict[str, str]:
     }
 
 
-def learning(out: Path) -> list[Line]:
-    """The lines that do not depend on the clock or the machine."""
-    return [line for line in read_lines(out / "metrics.jsonl") if line["kind"] in ("train", "eval")]
+def learning(out: Path) -> list[jsonl.Line]:
+    """Returns the lines of metrics that do not depend on the clock or the machine."""
+    return [line for line in jsonl.read(out / "metrics.jsonl") if line["kind"] in ("train", "eval")]
 
 
 def committed(out: Path) -> list[int]:
-    """The steps of the whole checkpoints."""
+    """Returns the steps of the complete checkpoints."""
     folder = out / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def checkpoint(out: Path, step: int) -> dict[str, np.ndarray]:
-    """Every saved array by its path, wherever it lay when it was saved."""
+    """Returns every saved array by its path, whatever its sharding was."""
     folder, reader = (out / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointer()
     saved = reader.metadata(folder).item_metadata.tree
     restored = reader.restore(
@@ -92,7 +92,7 @@ def checkpoint(out: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same metrics in every step, and the same bits in the last checkpoint."""
+    """Asserts equal metrics in every step, and equal bits in the last checkpoint."""
     assert learning(one) == learning(other)
     step = committed(one)[-1]
     assert committed(other)[-1] == step

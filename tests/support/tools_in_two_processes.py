@@ -1,4 +1,4 @@
-"""A program: one of two processes that recalibrate one network together. `python -m ... PORT PROCESS OUT`."""
+"""Runs one of two processes that recalibrate a network together: `python -m ... PORT PROCESS OUT`."""
 
 import functools
 import sys
@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from bnjax import tools
 from tests.support import zoo
@@ -15,31 +16,29 @@ ROWS = (8, 8, 4)  # of each batch; the last one is partial
 
 
 def batches():
-    """The whole batches, alike in every process, each with a mean of its own."""
+    """Returns the whole batches, equal in every process, each with a mean of its own."""
     return [np.asarray(zoo.images(seed, rows) + seed) for seed, rows in enumerate(ROWS)]
 
 
 def halves(process):
-    """What one of the processes has read."""
+    """Returns the half of each batch that one process reads."""
     return [np.split(batch, 2)[process] for batch in batches()]
 
 
 def model():
-    """The network, and its apply function for the tools."""
+    """Returns the network's apply function for the tools, and its variables."""
     net, variables = zoo.linen_net()
     return functools.partial(net.apply, mutable=["batch_stats"]), variables
 
 
 def flat(prefix, batch_stats):
-    """Statistics as NumPy arrays by name."""
+    """Returns statistics as NumPy arrays by name."""
     return {f"{prefix}/{'/'.join(path)}": np.asarray(leaf) for path, leaf in flatten_dict(batch_stats).items()}
 
 
 def main(port, process, out):
     """Recalibrates on sharded batches in both ways, and merges what each process found in its own half."""
     join(port, process, devices=2)
-    from jax.experimental import multihost_utils
-
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     sharded = [jax.make_array_from_process_local_data(rows, half) for half in halves(process)]
@@ -48,7 +47,7 @@ def main(port, process, out):
     for layerwise in (False, True):
         result = tools.recalibrate(apply_fn, variables, sharded, layerwise=layerwise, progress=False)
         results |= flat(f"layerwise={layerwise}", result["batch_stats"])
-        # what comes out can be used at once, in this process alone and by all of them
+        # the result can be used at once, in this process alone and in all of them
         results[f"output/layerwise={layerwise}"] = np.asarray(
             multihost_utils.process_allgather(jax.jit(apply_fn)(result, sharded[0])[0], tiled=True)
         )

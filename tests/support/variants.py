@@ -1,7 +1,7 @@
-"""The table of variants: test_variants.py runs every property over every row. A new variant adds its row here.
+"""Lists the variants, whose properties test_variants.py tests; a new variant adds its row here.
 
-A row says the same thing four times: as functional, as linen and as nnx module, and as an independent formula in plain
-jax.numpy that autodiff differentiates in float64 (from the paper, not from the code; nothing of bnjax in it).
+A row defines a variant four times: as function, as linen module, as nnx module, and as a formula in plain jax.numpy
+that autodiff differentiates in float64. The formula is taken from the paper and uses nothing of bnjax.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ EPSILON = 1e-5
 
 
 def normalised(x, scale, bias, running, features):
-    """BatchNorm in evaluation."""
+    """Computes BatchNorm in evaluation."""
     rows = tuple(a for a in range(x.ndim) if a not in features)
     mean, var, scale, bias = (jnp.expand_dims(v, rows) for v in (running.mean, running.var, scale, bias))
     return (x - mean) / jnp.sqrt(var + EPSILON) * scale + bias
@@ -28,9 +28,9 @@ def normalised(x, scale, bias, running, features):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """One row.
+    """One row: the function, the fields of the modules, and the formula.
 
-    `train` and `formula` take the running averages (mean, var, steps) and return them after the step, with y.
+    `train` and `formula` take the running averages (mean, var, steps), and return y and the averages after the step.
     """
 
     name: str  # of the modules: bnjax.linen.<name>, bnjax.nnx.<name>
@@ -40,8 +40,8 @@ class Variant:
     evaluation_formula: Callable[..., Any] = normalised  # (x, scale, bias, running, features) -> y
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # of both modules
     call: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of both modules at the call
-    lead: tuple[int, ...] = ()  # axes of the running averages before those of the features, as one per domain
-    affine_lead: tuple[int, ...] = ()  # the same for scale and bias
+    lead: tuple[int, ...] = ()  # axes of the running averages before the feature axes, such as one for domains
+    affine_lead: tuple[int, ...] = ()  # axes of scale and bias before the feature axes
     steps: bool = False  # whether the running averages count steps
 
     def __str__(self):
@@ -49,17 +49,17 @@ class Variant:
 
 
 def updating(function, **own):
-    """`train` of a functional variant that returns y and moments: the usual update of the running averages follows."""
+    """Makes `train` of a functional variant that returns y and moments, with the usual update of running averages."""
 
     def train(x, scale, bias, running, **options):
-        y, moments = function(x, scale, bias, pivot=running.pivot, **own, **options)
+        y, moments = function(x, scale, bias, **own, **options)
         return y, bnjax.update_running(running, moments, momentum=MOMENTUM)
 
     return train
 
 
 def averaged(running, x, features, mask):
-    """The running averages after a batch, whose moments are those of all its rows; empty channels keep theirs."""
+    """Computes the running averages after a batch, from the moments of all its rows; empty channels keep theirs."""
     mean, var, count = (v.reshape(running.mean.shape) for v in naive.moments(x, features, mask))
     pairs = ((running.mean, mean), (running.var, var))
     return tuple(jnp.where(count < 1e-200, old, MOMENTUM * old + (1 - MOMENTUM) * new) for old, new in pairs)
@@ -71,7 +71,7 @@ VIRTUAL = 2  # rows of the first axis: a device holds two or more virtual batche
 
 
 def _ghost(x, scale, bias, running, features, mask):
-    """Every virtual batch by itself; the running averages as if there were none."""
+    """Normalizes every virtual batch by itself; the running averages are those of the whole batch."""
     axis = min(set(range(x.ndim)) - set(features))
     cut = lambda a: jnp.broadcast_to(a, x.shape).reshape(*x.shape[:axis], -1, VIRTUAL, *x.shape[axis + 1 :])  # noqa: E731
     alone = lambda x, mask: naive.batch_norm(x, scale, bias, features, EPSILON, mask)  # noqa: E731
@@ -113,7 +113,7 @@ def _split(x, scale, bias, running, features, mask, affine=lambda v: v[DOMAIN]):
 
 
 def _train_split(x, scale, bias, running, **options):
-    y, moments = bnjax.functional.split_batch_norm(x, DOMAIN, scale, bias, pivot=running.mean, **options)
+    y, moments = bnjax.functional.split_batch_norm(x, DOMAIN, scale, bias, **options)
     return y, bnjax.functional.update_split_running(running, moments, DOMAIN, momentum=MOMENTUM)
 
 
@@ -142,11 +142,11 @@ def _frozen(x, scale, bias, running, features, mask):
 
 
 # PowerNorm, MovingAverageBatchNorm ------------------------------------------------------------------------------------
-# Without their statistics of the gradient, for which see test_gradient_state.py: then they are functions like others.
+# Here without their gradient statistics, which test_gradient_state.py tests.
 
 
 def _about_zero(x, features, mask):
-    """E[x²] and the count, each of the rank of x."""
+    """Computes E[x²] and the count, with the rank of x."""
     mean, var, count = naive.moments(x, features, mask)
     return mean**2 + var, count
 
@@ -176,7 +176,7 @@ def _train_power(x, scale, bias, running, **options):
 
 def _moving_average(x, scale, bias, running, features, mask):
     y = _by_square(_about_zero(x, features, mask)[0], x, scale, bias, features, mask)
-    new = (1 - MOMENTUM) / (1 - MOMENTUM ** (running.steps + 1))  # the start has no part in the average
+    new = (1 - MOMENTUM) / (1 - MOMENTUM ** (running.steps + 1))  # the initial value has no weight in the average
     return y, *_averaged_about_zero(running, x, features, mask, new)
 
 

@@ -1,4 +1,4 @@
-"""Small networks with batch normalization, in linen and in nnx, and checkpoints of them written by Orbax."""
+"""Builds small networks with batch normalization in linen and nnx, and their checkpoints by Orbax."""
 
 import itertools
 from typing import Any
@@ -14,7 +14,7 @@ import bnjax
 
 
 def nnx_norms():
-    """The nnx BatchNorm classes that the tools must take: Flax's, and the drop-in for it."""
+    """Returns the nnx BatchNorm classes that the tools must accept: Flax's and bnjax's."""
     ours = getattr(bnjax, "nnx", None)
     return [nnx.BatchNorm] + ([ours.BatchNorm] if ours else [])
 
@@ -23,7 +23,7 @@ LINEN_NORMS = [nn.BatchNorm, bnjax.linen.BatchNorm]
 
 
 class ConvNet(nn.Module):
-    """Two Conv-BN-ReLU, a layer norm, a head: what a decay mask has to tell apart."""
+    """Two Conv-BN-ReLU, a layer norm and a head: the kinds of parameters that a decay mask must distinguish."""
 
     norm: Any = bnjax.linen.BatchNorm
 
@@ -37,7 +37,7 @@ class ConvNet(nn.Module):
 
 
 class Nested(nn.Module):
-    """The same kind of layers in blocks, scanned and vmapped: statistics of shape [3, C] and [2, C]."""
+    """Layers in blocks, scanned and vmapped, with statistics of shape [3, C] and [2, C]."""
 
     norm: Any = bnjax.linen.BatchNorm
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class NnxNet(nnx.Module):
-    """ConvNet in nnx, with a list of blocks."""
+    """The ConvNet of this file in nnx, with a list of blocks."""
 
     def __init__(self, norm, rngs):
         widths = (3, 4, 6)
@@ -80,7 +80,7 @@ def images(seed=0, rows=8, size=6, rank=4):
 
 
 def trained(variables, seed=1):
-    """Random values in place of the initial ones, positive where they are variances: nothing cancels by chance."""
+    """Replaces initial values by random ones, positive for variances and scales, so that nothing cancels by chance."""
     keyed, structure = jax.tree_util.tree_flatten_with_path(variables)
     rng = np.random.default_rng(seed)
 
@@ -107,7 +107,7 @@ def nnx_net(norm):
 
 
 def through_orbax(tree, folder):
-    """What a user has in hand after a restart: a tree restored without a target."""
+    """Saves a tree and restores it without a target, as a user would after a restart."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", tree)
         checkpointer.wait_until_finished()
@@ -120,7 +120,7 @@ def assert_trees_equal(actual, wanted):
 
 
 def haiku_like(variables, rank=4):
-    """Trees of a Haiku network with the modules of linen variables, and zeros in them."""
+    """Returns the trees of a Haiku network with the same modules as linen variables, filled with zeros."""
     params, state = {}, {}
     words = {"kernel": "w", "scale": "scale"}
     for module, held in variables["params"].items():

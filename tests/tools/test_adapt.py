@@ -1,4 +1,4 @@
-"""Adaptation: the formulas of the papers, and that a shifted test set is met better with them than without."""
+"""Tests adaptation: the papers' formulas, and that it improves predictions on a shifted test set."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_a_channel_that_met_nothing_keeps_its_statistics():
 
 
 def test_adaptation_undoes_a_shift_of_the_input():
-    """Contrast and brightness changed: with the statistics of the target the predictions are the old ones."""
+    """Checks that with the target's statistics a change of contrast and brightness does not change the predictions."""
     model, variables = zoo.linen_net()
     x = zoo.images(4, rows=16)
     variables = tools.recalibrate(
@@ -60,12 +60,12 @@ def test_adaptation_undoes_a_shift_of_the_input():
     kernel = variables["params"]["Conv_0"]["kernel"]
     variables["params"]["Conv_0"]["kernel"] = kernel.at[jnp.array([0, 2])].set(0).at[:, jnp.array([0, 2])].set(0)
     variables = tools.adapt_statistics(variables, target(model, variables, x), prior=0, samples=16)
-    shifted = 3 * x + 2  # through a kernel of one position that is a shift of the first layer's output
+    shifted = 3 * x + 2  # a 1×1 kernel turns it into scale and shift of the first layer's output
     wanted, met = model.apply(variables, x), model.apply(variables, shifted)
     adapted = tools.adapt_statistics(variables, target(model, variables, shifted), prior=0, samples=16)
     close = model.apply(adapted, shifted)
     assert np.abs(met - wanted).max() > 0.1
-    assert np.abs(close - wanted).max() < 1e-3  # epsilon counts for less where the contrast is higher
+    assert np.abs(close - wanted).max() < 1e-3  # a higher contrast makes epsilon matter less
 
 
 @pytest.mark.parametrize(

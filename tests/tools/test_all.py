@@ -1,4 +1,4 @@
-"""What holds for every tool: an example that runs, an error for a tree without statistics, and trees from Orbax."""
+"""Tests properties of every tool: a runnable example, an error for trees without statistics, trees from Orbax."""
 
 import functools
 import inspect
@@ -19,22 +19,22 @@ apply_fn = functools.partial(MODEL.apply, mutable=["batch_stats"])
 
 
 def other():
-    """Another tree of the same network."""
+    """Returns another tree of the same network."""
     return zoo.trained(zoo.linen_net()[1], 9)
 
 
 def moments():
-    """Of each layer of the network."""
+    """Returns moments for each layer of the network."""
     return {f"BatchNorm_{i}": bnjax.Moments(*[np.full(c, 0.5, np.float32)] * 3) for i, c in enumerate((4, 6))}
 
 
 def of_statistics(function, *arguments):
-    """The tool on the two collections, given all the variables."""
+    """Wraps a tool that takes the two collections into a function of all variables."""
     return lambda v: function(*arguments, v.get("params", {}), v.get("batch_stats", {}))
 
 
 def labelled(params, stats):
-    """Tent's optimizer, as what it does to gradients of one."""
+    """Returns what Tent's optimizer does to the parameters as gradients."""
     optimizer = tools.tent(optax.sgd(1.0), params, stats)
     return optimizer.update(params, optimizer.init(params), params)[0]
 
@@ -44,7 +44,7 @@ def to_haiku(variables):
     return tools.to_haiku(variables, *trees)
 
 
-# Each tool that takes a tree, as a function of linen variables alone; what it makes of them is compared.
+# Each tool that takes a tree, as a function of linen variables whose results are compared.
 LINEN = {
     "adapt_statistics": lambda v: tools.adapt_statistics(v, moments(), prior=1, samples=1),
     "affine_labels": of_statistics(tools.affine_labels),
@@ -62,6 +62,7 @@ LINEN = {
     "from_torch": lambda v: tools.from_torch(tools.to_torch(other()), v),
     "inspect": lambda v: str(tools.inspect(v)),
     "merge_stats": lambda v: tools.merge_stats([v, other()]),
+    "propose_names": lambda v: tools.propose_names(tools.to_torch(other()), v, library="torch"),
     "recalibrate": lambda v: tools.recalibrate(apply_fn, v, [X], progress=False),
     "reset_stats": tools.reset_stats,
     "tent": of_statistics(labelled),
@@ -70,7 +71,7 @@ LINEN = {
     "to_torch": tools.to_torch,
     "unfreeze_stats": lambda v: tools.unfreeze_stats(v, other()),
 }
-# The same for an nnx module; those that only take collections take its states.
+# Each tool as a function of an nnx module; tools that take collections get its states.
 NNX = {
     "adapt_statistics": lambda m: tools.adapt_statistics(m, nnx_moments(), prior=1, samples=1),
     "affine_labels": lambda m: tools.affine_labels(nnx.state(m, nnx.Param), nnx.state(m, nnx.BatchStat)),
@@ -84,6 +85,7 @@ NNX = {
     "from_torch": lambda m: tools.from_torch(tools.to_torch(other_nnx()), m),
     "inspect": lambda m: str(tools.inspect(m)),
     "merge_stats": lambda m: tools.merge_stats([m, other_nnx()]),
+    "propose_names": lambda m: tools.propose_names(tools.to_torch(other_nnx()), m, library="torch"),
     "recalibrate": lambda m: tools.recalibrate(lambda m, x: m(x), m, [X], progress=False),
     "reset_stats": tools.reset_stats,
     "tent": lambda m: labelled(nnx.state(m, nnx.Param), nnx.state(m, nnx.BatchStat)),
@@ -92,7 +94,14 @@ NNX = {
     "unfreeze_stats": lambda m: tools.unfreeze_stats(m, other_nnx()),
 }
 NO_TREE = {"entropy", "fields_from_haiku", "fields_from_keras", "fields_from_torch", "read_arrays", "frozen_norms"}
-LINEN_ONLY = {"apply_moments", "from_haiku", "to_haiku"}  # of the linen collection; a module has tests of its own
+LINEN_ONLY = {"apply_moments", "from_haiku", "to_haiku"}  # tools that take linen collections only
+CONVERTERS = {
+    "from_keras",
+    "from_torch",
+    "propose_names",
+    "to_keras",
+    "to_torch",
+}  # tools that also take folded networks
 FUNCTIONS = sorted(name for name, value in vars(tools).items() if inspect.isfunction(value))
 
 
@@ -113,7 +122,7 @@ def test_the_tables_name_every_tool():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_tool_has_an_example(name):
-    """Which the run of the suite executes: it collects the doctests of the package."""
+    """Checks that the docstring has an example, which the suite runs as a doctest, and its sections."""
     doc = inspect.getdoc(getattr(tools, name))
     assert ">>> " in doc
     for part in ("Args:", "Examples:"):
@@ -138,7 +147,7 @@ class Plain(nnx.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize("name", sorted(NNX.keys() - CONVERTERS))
 def test_a_module_without_statistics(name):
     with pytest.raises(ValueError, match="holds no batch normalization statistics"):
         NNX[name](Plain(nnx.Rngs(0)))
@@ -146,7 +155,7 @@ def test_a_module_without_statistics(name):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A linen network and an nnx module, each with what Orbax restores of it."""
+    """Returns a linen network and an nnx module, each with what Orbax restores of it."""
     variables, model = zoo.linen_net()[1], zoo.nnx_net(bnjax.nnx.BatchNorm)
     model.eval()
     restored = zoo.through_orbax(nnx.to_pure_dict(nnx.state(model)), tmp_path_factory.mktemp("nnx"))
@@ -161,7 +170,7 @@ def checkpoints(tmp_path_factory):
 
 
 def plain(result):
-    """What a tool made, as a tree of arrays, numbers or strings."""
+    """Returns a tool's result as a tree of arrays, numbers or strings."""
     return nnx.to_pure_dict(nnx.state(result)) if isinstance(result, nnx.Module) else result
 
 
@@ -186,7 +195,7 @@ def test_frozen_norms_on_a_checkpoint(checkpoints):
 
 
 def test_labels_of_stacked_layers():
-    """scan and vmap put axes before the channels: a scale of rank two is a scale."""
+    """Checks that a scale of rank two, from scan or vmap, is recognised as a scale."""
     _, variables = zoo.linen_net(zoo.Nested)
     params = variables["params"]
     labels = tools.affine_labels(params, variables["batch_stats"])
@@ -200,7 +209,7 @@ def test_labels_of_stacked_layers():
 
 
 def test_masks_and_labels_of_vmapped_modules():
-    """nnx.vmap makes a module of stacked variables."""
+    """Checks the stacked variables that nnx.vmap creates."""
 
     @nnx.split_rngs(splits=4)
     @nnx.vmap(in_axes=0)

@@ -1,4 +1,4 @@
-"""The tools on layers of complex inputs: a complex mean, and one real variance."""
+"""Tests the tools on layers of complex inputs, which have a complex mean and a real variance."""
 
 import functools
 
@@ -16,19 +16,19 @@ TOLERANCE = 100 * cases.unit("float32")
 
 
 def network(*layers):
-    """A network of complex weights whose statistics are not as they start."""
+    """Builds a network of complex weights, with statistics that differ from their initial values."""
     model, x = nn.Sequential(layers), jax.random.normal(jax.random.key(0), (20, 3), jnp.complex64) + (2 - 1j)
     return model, jax.tree.map(moved, model.init(jax.random.key(1), x)), x
 
 
 def moved(leaf):
-    """Another value in every channel; positive where it was real."""
+    """Changes every channel by another amount; real values stay positive."""
     by = 0.2 * jnp.arange(1.0, leaf.size + 1).reshape(leaf.shape) / leaf.size
     return leaf + by * (1 - 2j) if jnp.iscomplexobj(leaf) else leaf + by
 
 
 def dtypes(tree):
-    """Those of the leaves."""
+    """Returns the dtypes of the leaves."""
     return jax.tree.map(jnp.result_type, tree)
 
 
@@ -59,7 +59,7 @@ def test_a_teacher_follows_complex_statistics():
 
 @pytest.mark.parametrize("layers", ["previous", "previous_no_bias", "next"])
 def test_folding(layers):
-    """A shift that stays in the normalization is complex: it goes into the mean, for the bias is real."""
+    """Checks that a complex shift left in the normalization goes into the mean, because the bias is real."""
     made = {
         "previous": [Dense(), Norm()],
         "previous_no_bias": [Dense(use_bias=False), Norm()],

@@ -1,4 +1,4 @@
-"""decay_mask and affine_labels: by role, in every kind of tree, and no parameter of unknown role decays in silence."""
+"""Tests decay_mask and affine_labels: they go by role, in every kind of tree, and refuse unknown roles."""
 
 import flax
 import flax.linen as nn
@@ -15,7 +15,7 @@ from tests.support import zoo
 
 
 def leaves(tree):
-    """{path: leaf}, with the path as one string."""
+    """Returns {path: leaf}, with the path as one string."""
     return {
         jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -82,7 +82,7 @@ def test_decay_moves_kernels_alone():
 
 
 class GammaNorm(nn.Module):
-    """A user's own batch normalization, with Keras' names."""
+    """Batch normalization as a user may write it, with Keras' names."""
 
     @nn.compact
     def __call__(self, x):

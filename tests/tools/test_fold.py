@@ -1,4 +1,4 @@
-"""fold: real networks agree to 1e-5 without their normalizations, and what cannot be folded is left with the reason."""
+"""Tests fold: networks agree to 1e-5 without their normalizations; what cannot be folded stays, with the reason."""
 
 import functools
 
@@ -57,7 +57,7 @@ class MobileNet(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """BN-ReLU-conv: the first normalization of a layer reads what other layers read too; the second can be folded."""
+    """BN-ReLU-conv blocks: the first norm's input is used by other layers too, so only the second can be folded."""
 
     norm: type = Norm
 
@@ -72,7 +72,7 @@ class DenseNet(nn.Module):
 
 
 def check(model, variables, x, folded, atol=1e-5):
-    """Both forms agree with the model, and every folded normalization is gone from the run and from the variables."""
+    """Asserts that both forms agree with the model, and that the folded norms are neither computed nor stored."""
     y = model.apply(variables, x)
     largest = np.abs(y).max()
     for other in (model.apply(folded.variables, x), folded.apply_fn(folded.stripped, x)):
@@ -115,7 +115,7 @@ def test_reasons():
 
 
 class Plain(nn.Module):
-    """A user's own ResNet without normalization: its parameters are what `stripped` holds."""
+    """The MobileNet of this file without normalization, as a user may write it: `stripped` must fit it."""
 
     @nn.compact
     def __call__(self, x):
@@ -174,7 +174,7 @@ def test_pairs(name):
 
 
 def test_both_sides_of_one_layer():
-    """BN → Dense → BN: the dense layer takes one from before it and one from after it."""
+    """Checks BN → Dense → BN: the dense layer absorbs the norm before it and the one after it."""
     model = sequence(Norm(), nn.Dense(4), Norm(), nn.relu)
     x = jax.random.normal(jax.random.key(0), (8, 3))
     variables = zoo.trained(model.init(jax.random.key(1), x))
@@ -184,7 +184,7 @@ def test_both_sides_of_one_layer():
 
 
 def test_channels_of_scale_zero():
-    """Dead channels leave no division by zero behind."""
+    """Checks that channels with scale zero fold without a division by zero."""
     for layers in ([nn.Dense(4), Norm()], [Norm(), nn.Dense(4)], [Norm(), nn.Dense(4, use_bias=False)]):
         model = sequence(*layers)
         x = jax.random.normal(jax.random.key(0), (8, 3))
@@ -202,7 +202,7 @@ class Returned(nn.Module):
 
 
 class Unused(nn.Module):
-    """What nobody reads does not count as a use."""
+    """A network in which a value is computed and never used, which must not count as a use."""
 
     @nn.compact
     def __call__(self, x):
@@ -225,7 +225,7 @@ class Conditional(nn.Module):
 
 
 class Projected(nn.Module):
-    """The product of the user's own making is no layer that could take anything."""
+    """A matrix product without a layer, into which nothing can be folded."""
 
     @nn.compact
     def __call__(self, x):
@@ -234,11 +234,11 @@ class Projected(nn.Module):
 
 
 class Louder(bnjax.linen.BatchNorm):
-    """A normalization of the user's own."""
+    """A user's own normalization."""
 
 
 class Standardized(nn.Conv):
-    """A convolution that does more to its kernel than multiply by it."""
+    """A convolution that may transform its kernel first."""
 
 
 LEFT = {
@@ -283,7 +283,7 @@ def test_dead_code_is_no_use():
 
 @pytest.mark.parametrize("before", [True, False])
 def test_what_follows_inside_a_normalization_is_kept(before):
-    """Layers that add a residual and end in an activation fold into what is before them, never into what is after."""
+    """Checks that norms with residual and activation fold into the layer before them, never into the one after."""
 
     class Ending(nn.Module):
         @nn.compact
@@ -352,7 +352,7 @@ def test_half_precision_keeps_the_dtypes():
     folded = tools.fold(model.apply, variables, x)
     y = folded.apply_fn(folded.stripped, x)
     assert y.dtype == model.apply(variables, x).dtype == jnp.float32
-    # the scaled kernel, the product and the bias are rounded to bfloat16 at another place
+    # folding rounds the scaled kernel, the product and the bias to bfloat16, at other places than the model
     assert folded.difference < 4 * float(jnp.finfo(jnp.bfloat16).eps)
 
 

@@ -1,4 +1,4 @@
-"""inspect: every column against its definition, every flag from the fault it is about, and three ways to show them."""
+"""Tests inspect: every column against its definition, every flag on the fault it reports, and the three displays."""
 
 import functools
 import sys
@@ -19,7 +19,7 @@ C = 4
 
 
 def healthy(**changed):
-    """The variables of one sound layer, with some leaves changed."""
+    """Returns the variables of one sound layer, with the given leaves changed."""
     leaves = {
         "mean": jnp.array([0.5, -0.5, 1.0, 0.0]),
         "var": jnp.array([1.0, 2.0, 0.5, 1.0]),
@@ -31,7 +31,7 @@ def healthy(**changed):
 
 
 def met(variables, rows=1000.0, shift=0.0, factor=1.0):
-    """Moments of a batch that lies `shift` standard deviations away, with `factor` times the variance."""
+    """Returns moments of a batch that is `shift` standard deviations away and has `factor` times the variance."""
     mean, var = (variables["batch_stats"]["bn"][k] for k in ("mean", "var"))
     return {"bn": bnjax.Moments(mean + shift * jnp.sqrt(var), var * factor, jnp.full(mean.shape, rows))}
 
@@ -69,7 +69,7 @@ def test_columns():
         assert row[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
 
 
-FLAGS = {  # a fault, and what is said about it
+FLAGS = {  # a fault, and the text of its flag
     "constant": ((healthy(var=[1, 0, 1, 1]), None), "1 of 4 channels are constant"),
     "dead": ((healthy(scale=[1, 0, 1e-9, 1]), None), "2 of 4 channels have a scale next to zero"),
     "all_dead": ((healthy(scale=[0, 0, 0, 0]), None), "the scale is zero in every channel"),
@@ -92,7 +92,7 @@ def test_flags(name):
 
 
 def test_sampling_noise_is_no_drift():
-    """A batch of few rows lies about 1/√n away; that alone is no fault."""
+    """Checks that the distance 1/√n of a batch of n rows is not flagged as drift."""
     mean, var = (np.asarray(leaf) for leaf in healthy()["batch_stats"]["bn"].values())
     moments = bnjax.batch_moments(np.random.default_rng(0).normal(mean, np.sqrt(var), (40, C)))
     assert only_row(healthy(), {"bn": moments})["flags"] == []
@@ -109,7 +109,7 @@ def test_replicas_along_an_axis():
 
 
 def test_replicas_on_devices():
-    """An array that claims to be replicated, but is not: a forgotten axis_name in shard_map(check_vma=False)."""
+    """Checks an array typed as replicated whose devices differ, after shard_map(check_vma=False) without axis_name."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     x = jax.device_put(jnp.arange(8.0)[:, None] * jnp.ones((1, C)), NamedSharding(mesh, PartitionSpec("data")))
     specs = dict(mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), check_vma=False)
@@ -127,7 +127,7 @@ def test_scale_offset():
 
 @pytest.mark.parametrize("net", [zoo.ConvNet, zoo.Nested])
 def test_a_network(net, tmp_path):
-    """Moments of the layers themselves, through scan and vmap, from a checkpoint: after recalibration no drift."""
+    """Checks that recalibration leaves no drift, through scan and vmap, with variables from a checkpoint."""
     model, variables = zoo.linen_net(net)
     variables = zoo.through_orbax(variables, tmp_path)
     apply_fn, x = functools.partial(model.apply, mutable=["batch_stats"]), [zoo.images()]
@@ -139,7 +139,7 @@ def test_a_network(net, tmp_path):
 
 
 def test_the_collection_of_moments():
-    """Moments that linen layers gathered themselves are as good, and are no layers of their own."""
+    """Checks that moments gathered by linen layers are accepted, and not listed as layers."""
     model, variables = zoo.linen_net()
     _, updates = model.apply(variables, zoo.images(), train=True, mutable=["moments", "batch_stats"])
     rows = tools.inspect(variables, updates["moments"]).rows

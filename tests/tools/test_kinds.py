@@ -1,4 +1,4 @@
-"""The variants under the tools: each is recalibrated to the statistics that it evaluates by, and each folds."""
+"""Tests the tools on every variant: recalibration gives the statistics it evaluates with, and it can be folded."""
 
 import functools
 
@@ -30,7 +30,7 @@ def linen(name, **fields):
 
 
 class Two(nn.Module):
-    """Two layers of one kind; the first reads the input itself."""
+    """Two layers of one variant in linen; the first reads the input itself."""
 
     norm: type
 
@@ -41,7 +41,7 @@ class Two(nn.Module):
 
 
 class NnxTwo(nnx.Module):
-    """The same in nnx."""
+    """Two layers of one variant in nnx; the first reads the input itself."""
 
     def __init__(self, norm, rngs):
         self.first, self.second = norm(3, rngs=rngs), norm(3, rngs=rngs)
@@ -71,7 +71,7 @@ def linen_two(name):
 
 
 def population(name, x):
-    """What evaluation of this kind is meant to divide by, in float64."""
+    """Returns the statistics that evaluation of this variant should use, in float64."""
     x = np.asarray(x, np.float64)
     if name in ABOUT_ZERO:
         return {"mean": np.zeros(3), "var": np.mean(x**2, 0)}
@@ -88,7 +88,7 @@ CHANGING = [name for name in FIELDS if name != "FrozenBatchNorm"]
 
 @pytest.mark.parametrize("name", CHANGING)
 def test_recalibrate_gives_each_kind_its_statistics(name):
-    """The first layer those of the rows; with `layerwise` the second those of what evaluation gives it."""
+    """Checks the first layer against the rows, and with `layerwise` the second against its input in evaluation."""
     apply_fn, variables = linen_two(name)
     x = rows()
     batches = [x[part] for part in BATCHES]
@@ -118,7 +118,7 @@ def test_nnx_recalibrates_alike(name):
 
 
 def test_evaluation_after_recalibration_is_standardised():
-    """Why the quadratic mean: E[y²] = 1 for the kinds that keep it; by a plain variance it would be above 1."""
+    """Checks E[y²] = 1 for variants that keep E[x²]; with the plain variance it would be larger."""
     for name in ABOUT_ZERO:
         norm, x = linen(name)(use_running_average=True, use_scale=False, use_bias=False), rows()
         variables = norm.init(jax.random.key(0), x)
@@ -168,7 +168,7 @@ def test_layers_with_domains_are_refused():
 
 
 def both_sides(norm):
-    """One normalization that a dense layer takes from behind it, one that it takes from before it."""
+    """Builds a network with one norm that the dense layer after it absorbs, and one for the layer before it."""
     return nn.Sequential([norm(), nn.Dense(4), nn.relu, nn.Dense(5, use_bias=False), norm(), nn.relu])
 
 
@@ -200,7 +200,7 @@ def test_frozen_layers_fold_in_training_mode_too():
 @pytest.mark.parametrize("domain", [0, 1])
 @pytest.mark.parametrize("at_the_call", [False, True])
 def test_one_domain_folds(shared, domain, at_the_call):
-    """The folded network is that of the domain, and stays it whichever domain it is given."""
+    """Checks that the folded network is that of one domain, whichever domain is given to it."""
     own = {} if at_the_call else {"domain": domain}
     split = functools.partial(bnjax.linen.SplitBatchNorm, use_running_average=True, shared_affine=shared, **own)
 
@@ -223,7 +223,7 @@ def test_one_domain_folds(shared, domain, at_the_call):
 
 
 def test_a_domain_that_nothing_takes_keeps_the_others():
-    """In front of a layer without bias nothing can be folded in the old structure: all rows stay as they were."""
+    """Checks a norm before a layer without bias, which cannot be folded in place: all domains stay unchanged."""
     split = bnjax.linen.SplitBatchNorm(use_running_average=True, domain=1)
     model, x = nn.Sequential([split, nn.Dense(4, use_bias=False)]), rows()
     variables = zoo.trained(model.init(jax.random.key(1), x))
@@ -247,7 +247,7 @@ def test_a_traced_domain_is_left():
 
 
 class BatchNorm(nn.Module):
-    """A user's own class of that name, whose evaluation is another."""
+    """A user's own class named BatchNorm, which evaluates differently."""
 
     use_running_average: bool = True
     axis: int = -1

@@ -1,4 +1,4 @@
-"""recalibrate: the statistics of all rows at once, for every way of batching, masking, sharding and lifting them."""
+"""Tests recalibrate: statistics of all rows at once, however they are batched, masked, sharded or lifted."""
 
 import functools
 
@@ -26,7 +26,7 @@ def linen_fn(model, **options):
 
 
 def momentum_zero(net, variables, x, norm=bnjax.linen.BatchNorm):
-    """The statistics of a training step with momentum 0: the moments of x in every layer, by the module itself."""
+    """Returns the statistics of a training step with momentum 0, which are the moments of every layer's input."""
     model = net(norm=functools.partial(norm, momentum=0.0))
     return model.apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
 
@@ -40,7 +40,7 @@ def close(actual, wanted, tolerance=TOLERANCE):
 @pytest.mark.parametrize("net", [zoo.ConvNet, zoo.Nested])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_one_batch_is_its_moments(norm, net, layerwise):
-    """With all the data in one batch both ways are exact, in either mode of the model, through scan and vmap."""
+    """Checks that with one batch both ways are exact, in both modes of the model, through scan and vmap."""
     train = not layerwise
     x = zoo.images(1)
     model, variables = zoo.linen_net(net, norm=norm)
@@ -51,21 +51,21 @@ def test_one_batch_is_its_moments(norm, net, layerwise):
 
 @pytest.fixture
 def data():
-    """Uneven batches, the last one partial, each with a mean of its own."""
+    """Returns uneven batches with different means; the last one is partial."""
     x = zoo.images(2, rows=22)
     x = x + jnp.repeat(jnp.arange(4.0), jnp.array([8, 8, 4, 2]))[:, None, None, None]
     return [x[:8], x[8:16], x[16:20], x[20:]]
 
 
 def evaluated(apply_fn, variables, batches):
-    """The moments that evaluation meets, as statistics: {layer: [mean, var]}."""
+    """Returns the moments of every layer's input in evaluation: {layer: {mean, var}}."""
     moments = tools.collect_moments(apply_fn, variables, batches, progress=False)
     return {layer: {"mean": m.mean, "var": m.var} for layer, m in moments.items()}
 
 
 @pytest.mark.parametrize("norm", zoo.LINEN_NORMS)
 def test_layerwise_is_a_fixed_point(norm, data):
-    """What evaluation meets is what the layers hold, in all of them; after one pass in the first of them."""
+    """Checks that evaluation meets the stored statistics in all layers; after one pass, in the first only."""
     model, variables = zoo.linen_net(norm=norm)
     apply_fn = linen_fn(model)
     exact = tools.recalibrate(apply_fn, variables, data, layerwise=True, progress=False)
@@ -80,7 +80,7 @@ def test_layerwise_is_a_fixed_point(norm, data):
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_nnx(norm, layerwise, data):
-    """The same statistics as linen from the same weights, in a new module; the one that was given stays as it is."""
+    """Checks that nnx gives the statistics of linen, in a new module, and leaves the given one unchanged."""
     model = zoo.nnx_net(norm)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     result = tools.recalibrate(lambda m, x: m(x), model, data, layerwise=layerwise, progress=False)
@@ -100,7 +100,7 @@ def test_nnx(norm, layerwise, data):
 
 
 class Masked(nn.Module):
-    """Positions do not mix, so that masked ones can be left out instead."""
+    """A network whose positions do not mix, so that masked ones can be removed for comparison."""
 
     norm: type = bnjax.linen.BatchNorm
 
@@ -112,7 +112,7 @@ class Masked(nn.Module):
 
 
 def test_masks_and_padding():
-    """Padded batches of 7, 3, 1 and no rows, NaN in the padding: as the rows alone, in one batch each."""
+    """Checks padded batches of 7, 3, 1 and 0 rows, with NaN in the padding, against the rows alone."""
     x = jax.random.normal(jax.random.key(0), (4, 8, 3)) + jnp.arange(4.0)[:, None, None]
     counts = [7, 3, 1, 0]
     valid = [jnp.arange(8)[:, None] < n for n in counts]
@@ -129,7 +129,7 @@ def test_masks_and_padding():
 
 
 def test_counts():
-    """Rows of all batches; weights where there are masks."""
+    """Checks that counts are rows over all batches, and sums of weights with a mask."""
     x = jnp.ones((4, 5, 3))
     model, variables = zoo.linen_net(Masked, x)
     moments = tools.collect_moments(linen_fn(model), variables, [x, x[:1]], progress=False)
@@ -143,7 +143,9 @@ def test_counts():
 
 
 def test_sharded(data):
-    """Sharded by jit, or by shard_map over a named axis: the statistics of the whole batches."""
+    """Checks batches sharded by jit, and by shard_map over a named axis: the statistics are those of the
+    whole batches.
+    """
     model, variables = zoo.linen_net()
     wanted = tools.recalibrate(linen_fn(model), variables, data[:2], progress=False)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -155,7 +157,7 @@ def test_sharded(data):
     mapped = jax.shard_map(linen_fn(named, train=True), mesh=mesh, **specs)
     close(tools.recalibrate(mapped, variables, sharded, progress=False), wanted)
 
-    # each device normalises alone, but the statistics are those of everybody
+    # each device normalises its own rows, but the running averages are those of all devices
     alone = zoo.ConvNet(norm=functools.partial(bnjax.linen.BatchNorm, stats_axis_name="data"))
     mapped = jax.shard_map(linen_fn(alone, train=True), mesh=mesh, **specs)
     first = tools.recalibrate(mapped, variables, sharded, progress=False)["batch_stats"]["BatchNorm_0"]
@@ -165,7 +167,7 @@ def test_sharded(data):
 
 
 def test_two_processes(tmp_path):
-    """Real processes with two devices each: the same statistics in both, and those of one process with all the data."""
+    """Checks two real processes with two devices each against one process with all the data."""
     ranks = run_two(tools_in_two_processes.__name__, tmp_path)
     assert ranks[0].keys() == ranks[1].keys()
     for name, value in ranks[0].items():
@@ -213,7 +215,7 @@ def test_a_bad_batch_does_not_count(data):
 
 
 def test_jitted_before_and_after(data):
-    """A function that jit has traced already is recalibrated, and works as before afterwards."""
+    """Checks that a function that jit has traced is recalibrated, and works unchanged afterwards."""
     model, variables = zoo.linen_net()
     jitted = jax.jit(linen_fn(model, train=True))
     before = jitted(variables, data[0])
@@ -223,7 +225,7 @@ def test_jitted_before_and_after(data):
 
 
 def test_chosen_layers(data):
-    """The others keep their statistics, and evaluate with them."""
+    """Checks that layers not chosen keep their statistics and evaluate with them."""
     model, variables = zoo.linen_net()
     apply_fn = linen_fn(model)
     result = tools.recalibrate(apply_fn, variables, data, layers=["BatchNorm_1"], progress=False)["batch_stats"]
@@ -232,7 +234,7 @@ def test_chosen_layers(data):
 
 
 def test_averaged_weights(data):
-    """SWA: an average of weights, with the statistics of neither, evaluates as it would in training."""
+    """Checks averaged weights (SWA), which evaluate as in training after recalibration."""
     model, one = zoo.linen_net()
     two = zoo.trained(one, 9)
     params = jax.tree.map(lambda a, b: (a + b) / 2, one["params"], two["params"])
@@ -245,7 +247,7 @@ def test_averaged_weights(data):
 
 
 def test_standing_statistics_of_a_generator():
-    """Batches are keys; the latents, and so the statistics, are those of many draws."""
+    """Checks batches that are keys: the statistics are those of many latents."""
     model, variables = zoo.linen_net(Masked, jnp.ones((4, 3)))
 
     def generate(variables, key):
@@ -284,7 +286,7 @@ class OwnNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """A user's own, with statistics for each of two domains."""
+    """A user's own normalization, with statistics for each of two domains."""
 
     use_running_average: bool = True
     axis: int = -1

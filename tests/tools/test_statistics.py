@@ -1,4 +1,4 @@
-"""merge, reset, copy and freeze statistics: against moments of the rows themselves, and leaf by leaf."""
+"""Tests merging, resetting, copying and freezing of statistics, against moments of the rows and leaf by leaf."""
 
 import flax
 import jax
@@ -28,7 +28,7 @@ TREES = {
 
 
 def by_role(tree):
-    """Means, variances and the rest, each as {path: array}."""
+    """Returns means, variances and the rest, each as {path: array}."""
     keyed = jax.tree_util.tree_leaves_with_path(tree)
     roles = {"mean": {}, "var": {}, "rest": {}}
     for keys, leaf in keyed:
@@ -44,7 +44,7 @@ def tree(request):
 
 
 def test_merge_is_that_of_the_rows(tree):
-    """Parts whose statistics are those of disjoint rows: the merge is the statistics of all rows."""
+    """Checks that merging statistics of disjoint rows gives the statistics of all rows."""
     rng = np.random.default_rng(0)
     counts = [3, 0, 8, 5]
 
@@ -91,7 +91,7 @@ def test_merge_of_an_axis_is_that_of_a_list(tree):
 
 
 def test_merge_of_replicas_is_the_global_batch():
-    """Per-replica running statistics of one step of momentum 0, as pmap without axis_name leaves them."""
+    """Checks statistics per replica after a step of momentum 0, as pmap without axis_name leaves them."""
     x = jax.random.normal(jax.random.key(0), (8, 16, 3)) + jnp.arange(8.0)[:, None, None]
     norm = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.0)
     variables = norm.init(jax.random.key(1), x[0])
@@ -182,7 +182,7 @@ def test_copy_from_an_nnx_checkpoint(tmp_path):
 
 
 def test_counted_steps():
-    """A plain average counts its batches: merged they add up, reset they are none, copied they come along."""
+    """Checks that the counts of plain averages are added by merge, zeroed by reset and copied by copy."""
     norm = bnjax.linen.BatchNorm(use_running_average=False, momentum=None)
     x = jax.random.normal(jax.random.key(0), (4, 8, 3))
     start = norm.init(jax.random.key(1), x[0])
@@ -208,7 +208,7 @@ def test_counted_steps():
     ids=str,
 )
 def test_moments_applied_are_the_step_of_the_layer(average):
-    """Two micro-batches and one update: what one step on all their rows makes of the averages, however they average."""
+    """Checks that one update from two micro-batches equals a step on all rows, for every kind of average."""
     norm = bnjax.linen.BatchNorm(use_running_average=False, **average)
     x = jax.random.normal(jax.random.key(0), (8, 3)) + 2
     variables = norm.init(jax.random.key(1), x)
@@ -237,14 +237,14 @@ def test_unfreeze_is_the_inverse_of_freeze(tree):
 
 
 def test_unfreeze_named_layers():
-    """Everything stands still but what is named, inside jit too."""
+    """Checks that only the named layers are unfrozen, also inside jit."""
     before, after = stats(stem=2, neck=2, head=2), zoo.trained(stats(stem=2, neck=2, head=2))
     thaw = jax.jit(lambda b, a: tools.unfreeze_stats(tools.freeze_stats(b, a), a, layers=["head"]))
     zoo.assert_trees_equal(thaw(before, after), {**before, "head": after["head"]})
 
 
 def linen_steps(thawed):
-    """Three training steps of a linen network, of which `thawed` says whether the averages follow; their trees."""
+    """Takes three training steps in linen, with averages frozen unless `thawed`; returns the statistics."""
     model, variables = zoo.linen_net()
     trees = [variables["batch_stats"]]
     for seed, thaw in enumerate(thawed):
@@ -256,7 +256,7 @@ def linen_steps(thawed):
 
 
 def nnx_steps(thawed):
-    """The same with an nnx module, whose own variables the step updates."""
+    """Takes three training steps of an nnx module, with averages frozen unless `thawed`; returns the statistics."""
     model = zoo.nnx_net(bnjax.nnx.BatchNorm)
     trees = [nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))]
     for seed, thaw in enumerate(thawed):
@@ -271,7 +271,7 @@ def nnx_steps(thawed):
 
 @pytest.mark.parametrize("steps", [linen_steps, nnx_steps])
 def test_averages_go_on_from_where_they_stood(steps):
-    """Frozen they stand still; unfrozen they take the step that they would have taken from there."""
+    """Checks that frozen averages stay fixed, and that unfrozen ones continue from there."""
     start, still, again, last = steps([False, False, True])
     for tree in (still, again):
         zoo.assert_trees_equal(tree, start)
@@ -281,7 +281,7 @@ def test_averages_go_on_from_where_they_stood(steps):
 
 
 def unfreeze(after, frozen, **options):
-    """The order of the others: where the statistics come from, and where they go."""
+    """Calls unfreeze_stats with the argument order of the other tools: source first, then target."""
     return tools.unfreeze_stats(frozen, after, **options)
 
 
@@ -300,7 +300,7 @@ def test_selection_errors(function):
 @pytest.mark.parametrize("norm", zoo.LINEN_NORMS)
 @pytest.mark.parametrize("jitted_first", [False, True])
 def test_frozen_norms(norm, jitted_first):
-    """As evaluation inside, as training outside, whatever jit has cached of either."""
+    """Checks evaluation inside the context and training outside it, whatever jit has cached before."""
     model, variables = zoo.linen_net(norm=norm)
     train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
     x = zoo.images(3)

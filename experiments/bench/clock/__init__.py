@@ -1,1 +1,1 @@
-"""Benchmarks that run programs and time them."""
+"""Benchmarks that run programs and measure time."""

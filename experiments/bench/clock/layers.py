@@ -1,4 +1,4 @@
-"""One layer on the CPU, by the clock: every library's batch normalization beside a floor of plain passes over memory.
+"""Times one layer on the CPU: every library's batch normalization, and a floor of plain passes over memory.
 
 Claim:    Training at 8 MB and more, the inexact layers of other JAX libraries take 1.4 times as long in float32 and
           3 to 12 times in bfloat16 (medians); padded batches take 1.2 times as long as whole ones.
@@ -6,16 +6,13 @@ Command:  python -m experiments.bench.clock.layers       # --quick takes less th
 Hardware: 2 CPU cores, nothing else running
 Time:     9 min
 
-Shapes of ResNet-50 at batch 32, of MobileNet, of a Transformer's rows, and small ones. All JAX libraries and the floor
-run in one process, in turns; PyTorch in a phase of its own, each of its numbers beside a floor timed in that phase.
+The shapes are those of ResNet-50 at batch 32, of MobileNet, of a Transformer's rows, and small ones. All JAX libraries
+and the floor run in one process, interleaved; PyTorch runs in a separate phase, and each of its times is divided by a
+floor measured in that phase.
 """
 
 import dataclasses
-import json
-import os
-import platform
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.bench import report
 from experiments.bench.clock import peers
 from experiments.bench.clock.timing import Seconds, interleaved
 
@@ -46,28 +44,28 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where it goes."""
+    """Options of the benchmark: what is measured, and where the results go."""
 
-    out: Path = Path(__file__).parents[1] / "results"
+    out: Path = report.RESULTS
     """Folder of layers.jsonl, layers.md and layers.png."""
     quick: bool = False
-    """Two shapes in float32, training and evaluation; nothing is written."""
+    """Measure two shapes in float32, in training and evaluation, and write nothing."""
     rounds: int = 15
-    """Rounds of each comparison, at most."""
+    """Largest number of rounds of each comparison."""
     seconds: float = 3.0
-    """After the first five rounds a comparison ends with this."""
+    """After the first five rounds, a comparison ends when this time is over."""
     shapes: tuple[str, ...] = ()
-    """Only these."""
+    """Measure only these shapes, and write nothing."""
 
 
 def measure(config: Config) -> Iterator[dict[str, Any]]:
-    """A row for each library, shape, dtype and mode; those of PyTorch at the end."""
+    """Yields a row for each library, shape, dtype and mode; PyTorch's rows come last."""
     names = config.shapes or (QUICK if config.quick else tuple(SHAPES))
     dtypes = ("float32",) if config.quick else tuple(DTYPES)
     cases = [(n, d, m) for n in names for d in dtypes for m in (peers.MODES[1::2] if config.quick else peers.MODES)]
     absent = set(peers.left_out())
     for name in sorted(absent):
-        print(f"{name} is not installed: left out")
+        print(f"{name} is not installed: it is not measured")
     present = [name for name in peers.JAX_PEERS if name not in absent]
     for case in cases:
         yield from _compare(config, case, dict.fromkeys(_able(present, case), peers.jax_run))
@@ -77,11 +75,12 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _able(names: Sequence[str], case: tuple[str, str, str]) -> list[str]:
-    """Those whose layer takes a mask, where there is one."""
+    """Returns the libraries that can run a case: with a mask, only those whose layer takes one."""
     return [name for name in names if "masked" not in case[2] or name not in peers.WITHOUT_MASK]
 
 
 def _compare(config: Config, case: tuple[str, str, str], makers: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Times one case in the given libraries, interleaved with the floor, and yields their rows."""
     if not makers:
         return
     name, dtype, mode = case
@@ -98,6 +97,7 @@ def _compare(config: Config, case: tuple[str, str, str], makers: dict[str, Any])
 def _row(
     case: tuple[str, str, str], shape: Sequence[int], peer: str, seconds: Seconds, floor: Seconds
 ) -> dict[str, Any]:
+    """Returns the row of one library's time."""
     name, dtype, mode = case
     return {
         "shape": name,
@@ -113,32 +113,36 @@ def _row(
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table for each mode and dtype, in times of the floor; at its end bnjax in times of the best other."""
+    """Makes Markdown tables for each mode and dtype, in multiples of the floor; the last column is bnjax over the best
+    other.
+    """
     names = list(dict.fromkeys(row["peer"] for row in rows))
     text = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for mode in dict.fromkeys(row["mode"] for row in rows):
             here = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
-            text += [f"## {mode}, {dtype}", "", f"| shape | MB | floor, ms | {' | '.join(names)} | bnjax to best |"]
-            text.append("|---" * (len(names) + 4) + "|")
-            text += [_line(here, shape, names) for shape in dict.fromkeys(row["shape"] for row in here)]
-            text.append("")
+            shapes = dict.fromkeys(row["shape"] for row in here)
+            head = ("shape", "MB", "floor, ms", *names, "bnjax to best")
+            text += [f"## {mode}, {dtype}", "", report.table(head, [_cells(here, s, names) for s in shapes]), ""]
     return "\n".join(text)
 
 
-def _line(rows: list[dict[str, Any]], shape: str, names: list[str]) -> str:
+def _cells(rows: list[dict[str, Any]], shape: str, names: list[str]) -> list[str]:
+    """Returns the cells of one shape's line in the table."""
     found = {row["peer"]: row for row in rows if row["shape"] == shape}
     first = next(iter(found.values()))
     megabytes = np.prod(first["size"]) * DTYPES[first["dtype"]](0).nbytes / 1e6
     cells = [f"{found[name]['over_floor']:.2f}" if name in found else "" for name in names]
     others = [row["over_floor"] for name, row in found.items() if name != "bnjax"]
     best = found["bnjax"]["over_floor"] / min(others) if others and "bnjax" in found else float("nan")
-    head = f"{shape} {tuple(first['size'])} | {megabytes:.1f} | {first['floor_milliseconds']:.2f}"
-    return f"| {head} | {' | '.join(cells)} | {best:.2f} |"
+    head = (f"{shape} {tuple(first['size'])}", f"{megabytes:.1f}", f"{first['floor_milliseconds']:.2f}")
+    return [*head, *cells, f"{best:.2f}"]
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Training in float32 and bfloat16: times of the floor by the size of the activation."""
+    """Draws the time of a training step in float32 and bfloat16, in multiples of the floor, by size of the
+    activation.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -155,44 +159,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def versions() -> dict[str, str]:
-    """Of what was measured, and the machine."""
-    packages = ("bnjax", "jax", "flax", "dm-haiku", "equinox", "keras", "torch")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
-
-
-def shown(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    """All rows, each printed as it comes: what these keys say, its time and how it compares."""
-    kept = []
-    for row in rows:
-        what = " ".join(f"{row[name]!s:26s}" for name in names)
-        time = f"{row['milliseconds']:9.3f} ms ± {row['spread']:4.0%}  {row['over_floor']:6.2f} of the floor"
-        print(f"{what} {time}", flush=True)
-        kept.append(row)
-    return kept
-
-
-def keep(rows: list[dict[str, Any]], out: Path, name: str, heading: str, text: str) -> None:
-    """Writes the rows as JSON lines behind the versions, and a page with the same versions."""
-    out.mkdir(parents=True, exist_ok=True)
-    about = versions()
-    made = ", ".join(f"{package} {version}" for package, version in about.items())
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
-    (out / f"{name}.md").write_text(f"# {heading}\n\nMade by `python -m experiments.bench.{name}` with {made}. {text}")
-
-
 def main(config: Config) -> None:
-    rows = shown(measure(config), "mode", "dtype", "shape", "peer")
+    """Measures and prints; writes rows, page and picture if everything was measured."""
+    rows = report.shown(measure(config), lambda row: report.timed(row, "mode", "dtype", "shape", "peer"))
     print("\n" + summary(rows))
     if config.quick or config.shapes:
         return
-    keep(rows, config.out, "layers", "One layer on the CPU", f"Times of the floor.\n\n{summary(rows)}")
+    text = f"Times of the floor.\n\n{summary(rows)}"
+    report.keep(rows, config.out, "clock.layers", "One layer on the CPU", text)
     draw(rows, config.out / "layers.png")
 
 

@@ -1,19 +1,16 @@
-"""The same layer in every library: train and evaluate, each in the layout that it is made for.
+"""Builds the same layer in every library, for training and evaluation, each in the layout that it is made for.
 
-A JAX peer is a pair of functions of (parameters, state, x); a step of it is compiled with donated outputs, so that no
-page of memory is new: page faults of fresh buffers cost more than the arithmetic. PyTorch's are timed apart, for its
-idle threads spin on the cores of whoever runs next.
+A JAX layer is a pair of functions of (parameters, state, x). Its compiled step writes into donated buffers, because
+page faults of new memory would cost more than the arithmetic. PyTorch is timed separately, because its idle threads
+keep spinning on the cores that the next program needs.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import flax.linen as nn
 import jax
@@ -23,12 +20,12 @@ from flax import nnx
 
 import bnjax
 
-Forward = Callable[..., tuple[jax.Array, Any]]  # (params, state, x), and mask= where the layer takes one
+Forward = Callable[..., tuple[jax.Array, Any]]  # (params, state, x), and mask= if the layer takes one
 MODES = ("forward", "forward + backward", "forward + backward, masked", "evaluation")
 
 
 class Peer(NamedTuple):
-    """Parameters and state of a layer, and what it does with x."""
+    """A layer of one library: its parameters and state, and what it does with x in training and evaluation."""
 
     params: Any
     state: Any
@@ -37,6 +34,8 @@ class Peer(NamedTuple):
 
 
 def _linen(module: Callable[..., nn.Module], shape: Sequence[int], dtype: Any) -> Peer:
+    """Builds the layer of a linen module."""
+
     def apply(params: Any, state: Any, x: jax.Array, **options: Any) -> Any:
         return module(dtype=dtype).apply({"params": params, "batch_stats": state}, x, **options)
 
@@ -47,6 +46,7 @@ def _linen(module: Callable[..., nn.Module], shape: Sequence[int], dtype: Any) -
 
 
 def _nnx(module: Callable[..., nnx.Module], shape: Sequence[int], dtype: Any) -> Peer:
+    """Builds the layer of an nnx module."""
     graph, params, state = nnx.split(module(shape[-1], dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
     def train(params: Any, state: Any, x: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
@@ -60,6 +60,7 @@ def _nnx(module: Callable[..., nnx.Module], shape: Sequence[int], dtype: Any) ->
 
 
 def _haiku(shape: Sequence[int], dtype: Any) -> Peer:
+    """Builds Haiku's layer."""
     import haiku as hk
 
     def layer(x: jax.Array, is_training: bool) -> jax.Array:
@@ -72,7 +73,7 @@ def _haiku(shape: Sequence[int], dtype: Any) -> Peer:
 
 
 def _equinox(shape: Sequence[int], dtype: Any) -> Peer:
-    """Example by example, channels first: its own layout."""
+    """Builds Equinox's layer, which takes one example at a time, channels first."""
     import equinox as eqx
 
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(shape[1], axis_name="batch", mode="batch")
@@ -89,6 +90,8 @@ def _equinox(shape: Sequence[int], dtype: Any) -> Peer:
 
 
 def _keras(shape: Sequence[int], dtype: Any) -> Peer:
+    """Builds Keras' layer on its JAX backend."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
     policy = "mixed_bfloat16" if dtype == jnp.bfloat16 else "float32"
@@ -121,12 +124,12 @@ JAX_PEERS, TORCH_PEERS = tuple(_JAX), ("torch", "torch, channels last")
 
 
 def left_out() -> list[str]:
-    """The libraries that are not installed."""
+    """Returns the libraries that are not installed."""
     return [name for name in ("haiku", "equinox", "keras", "torch") if find_spec(name) is None]
 
 
 def jax_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
-    """A run of one peer's step."""
+    """Returns a function that runs one step of a JAX library's layer."""
     if name in CHANNELS_FIRST:
         x, dy = (np.ascontiguousarray(np.moveaxis(a, -1, 1)) for a in (x, dy))
     peer = _JAX[name][1](x.shape, dtype)
@@ -137,7 +140,9 @@ def jax_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> 
 def compiled_run(
     step: Callable[..., Any], constant: Any, x: np.ndarray, dy: np.ndarray, dtype: Any
 ) -> Callable[[], None]:
-    """Runs `step(*constant, x, dy)`, whose big results go where those of the call before were."""
+    """Returns a function that runs `step(*constant, x, dy)`; its two large results reuse the buffers of the previous
+    call.
+    """
     x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
     program = jax.jit(lambda c, x, dy, *_: step(*c, x, dy), donate_argnums=(3, 4), keep_unused=True)
     shapes = jax.eval_shape(step, *constant, x, dy)[:2]
@@ -151,7 +156,9 @@ def compiled_run(
 
 
 def _step(peer: Peer, mode: str, params: Any, state: Any, mask: jax.Array | None, x: jax.Array, dy: jax.Array) -> Any:
-    """(y, dx or a number, whatever else a training step takes)."""
+    """Runs one step: returns y, dx (or a zero if the mode has no backward pass), and what else a training
+    step updates.
+    """
     options = {} if mask is None else dict(mask=mask)
     if mode == "evaluation":
         return peer.evaluate(params, state, x), jnp.zeros(())
@@ -164,7 +171,9 @@ def _step(peer: Peer, mode: str, params: Any, state: Any, mask: jax.Array | None
 
 
 def floor_run(mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
-    """Plain passes over memory, of which no layer needs fewer: for training two forward and two backward; no mask."""
+    """Returns a function that makes the fewest passes over memory: two forward and two backward in training, without a
+    mask.
+    """
     rows = tuple(range(x.ndim - 1))
 
     def step(v: jax.Array, x: jax.Array, dy: jax.Array) -> Any:
@@ -174,17 +183,29 @@ def floor_run(mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[
         if mode == "forward":
             return y, jnp.zeros(())
         pull = jnp.sum(dy * x, rows, dtype=jnp.float32).astype(x.dtype)
-        return y, dy * v + x * (
-            pull * jnp.asarray(1e-9, x.dtype)
-        )  # the tiny factors make each depend on the one before
+        return y, dy * v + x * (pull * jnp.asarray(1e-9, x.dtype))  # the factors order the passes
 
     return compiled_run(step, (jnp.ones(x.shape[-1], dtype),), x, dy, dtype)
 
 
-def torch_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
-    """PyTorch's layer; `backward` allocates dx anew, which its caching allocator makes cheap."""
+def import_torch() -> ModuleType:
+    """Imports PyTorch with idle OpenMP threads that sleep: by default they spin on the cores that the next program
+    needs.
+
+    OpenMP reads these settings when PyTorch is first imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
+    return torch
+
+
+def torch_run(name: str, mode: str, x: np.ndarray, dy: np.ndarray, dtype: Any) -> Callable[[], None]:
+    """Returns a function that runs PyTorch's layer; `backward` allocates a new dx, which its caching allocator makes
+    cheap.
+    """
+    torch = import_torch()
     torch.set_num_threads(os.cpu_count() or 1)
     kind = torch.bfloat16 if dtype == jnp.bfloat16 else torch.float32
     memory = torch.channels_last if "last" in name and x.ndim == 4 else torch.contiguous_format

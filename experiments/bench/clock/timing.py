@@ -1,7 +1,7 @@
-"""Times that can be compared: interleaved, in an order that changes, warm, with the machine's noise in view.
+"""Times programs so that they can be compared: interleaved, in random order, warm, with the spread of the times.
 
-Whatever is compared runs in one process and in turns, for the machine is shared and drifts. The order is shuffled in
-each round, because some orders favour some candidates, and the second of two calls counts.
+All candidates run in one process in turns, because the machine is shared and drifts. The order is shuffled in each
+round, because some orders favour some candidates; each candidate runs twice, and only the second call is timed.
 """
 
 import random
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-Run = Callable[[], None]  # does the work, and returns when it is done
+Run = Callable[[], None]  # runs a program and waits for its result
 
 
 class Seconds(NamedTuple):
-    """Of one candidate, over the rounds."""
+    """The times of one candidate over the rounds."""
 
     median: float
     least: float
@@ -23,7 +23,7 @@ class Seconds(NamedTuple):
 
 
 def interleaved(runs: Mapping[str, Run], *, rounds: int, seconds: float, seed: int = 0) -> dict[str, Seconds]:
-    """The time of each run, from at most `rounds` rounds and, after the first five, about so many seconds."""
+    """Times each run in at most `rounds` rounds; after the first five, stops once `seconds` have passed."""
     order, shuffle = list(runs), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
@@ -40,5 +40,6 @@ def interleaved(runs: Mapping[str, Run], *, rounds: int, seconds: float, seed: i
 
 
 def _summary(values: np.ndarray) -> Seconds:
+    """Returns median, minimum and spread of the times."""
     low, median, high = np.percentile(values, (25, 50, 75))
     return Seconds(float(median), float(values.min()), float((high - low) / 2 / median))

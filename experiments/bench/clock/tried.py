@@ -1,13 +1,11 @@
-"""What was tried on the CPU: formulations of one layer, forward and backward, and why bnjax has the one it has.
+"""Times formulations of one layer on the CPU, forward and backward, and so explains the one that bnjax uses.
 
 Claim:    The grouped closed form on plain sums, each with a conversion of its own, is the fastest that XLA:CPU makes.
-Command:  python -m experiments.bench.clock.tried
-Hardware: 2 CPU cores, nothing else running
-Time:     2 min
+Command:  python -m experiments.bench.clock.tried Hardware: 2 CPU cores, nothing else running Time:     2 min
 
-Every candidate is a whole layer, y and dx from x and dy; all but those named bnjax are short and inexact (no guard, no
-running averages): what XLA makes of their sums is the question. Times are of a floor of four plain passes over memory,
-passes are the bytes that XLA counts, in activations.
+Every candidate is a whole layer: y and dx from x and dy. All but those named bnjax are short and inexact (no guard, no
+running averages), because the question is how XLA compiles their sums. Times are in multiples of a floor of four plain
+passes over memory; passes are the bytes that XLA counts, divided by the bytes of the activation.
 """
 
 import dataclasses
@@ -24,6 +22,7 @@ import tyro
 from jax import lax
 
 import bnjax
+from experiments.bench import report
 from experiments.bench.clock import layers, peers
 from experiments.bench.clock.timing import interleaved
 
@@ -33,20 +32,22 @@ Step = Callable[[jax.Array, jax.Array], Any]  # x, dy: y, dx
 
 
 def _wide(x: jax.Array) -> jax.Array:
+    """Converts x to float32."""
     return x.astype(jnp.float32)
 
 
 def _rows(x: jax.Array) -> tuple[int, ...]:
+    """Returns all axes but the last, over which the sums run."""
     return tuple(range(x.ndim - 1))
 
 
 def plain(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two sums; what is converted is converted once for both."""
+    """Computes Σy and Σxy; a value in half precision is converted once for both."""
     return jnp.sum(_wide(y), _rows(x)), jnp.sum(_wide(x) * _wide(y), _rows(x))
 
 
 def apart(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each sum converts for itself, behind barriers of another depth."""
+    """Computes Σy and Σxy, each with its own conversion: barriers of different depth keep XLA from merging them."""
     once = lax.optimization_barrier(y)
     twice = lax.optimization_barrier(once)
     other = twice if x is y else lax.optimization_barrier(x)
@@ -54,26 +55,26 @@ def apart(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def flat(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a view of rank 2."""
+    """Computes Σy and Σxy over a reshape to rank 2."""
     return plain(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]))
 
 
 def blocks(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of 64 blocks of rows, whose sums are summed: both sums of a block could find it in the cache."""
+    """Computes Σy and Σxy over 64 blocks of rows, so that the second sum of a block may find it in the cache."""
     x, y = (_wide(v).reshape(64, -1, v.shape[-1]) for v in (x, y))
     s1, s2 = lax.map(lambda b: (jnp.sum(b[1], 0), jnp.sum(b[0] * b[1], 0)), (x, y))
     return s1.sum(0), s2.sum(0)
 
 
 def together(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One reduction with two results, so that x is read once."""
+    """Computes Σy and Σxy in one reduction with two results, so that x is read once."""
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
     zeros = (np.float32(0), np.float32(0))
     return lax.reduce((_wide(y), _wide(x) * _wide(y)), zeros, add, _rows(x))
 
 
 def product(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Matrix products with ones."""
+    """Computes Σy and Σxy as matrix products with ones."""
     x, y = (v.reshape(-1, v.shape[-1]) for v in (x, y))
     ones = jnp.ones(len(x), x.dtype)
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -81,7 +82,7 @@ def product(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def bits(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """bfloat16 widened through its bits as integers."""
+    """Computes Σy and Σxy of bfloat16 input, widened by shifting its bits as integers."""
 
     def wide(v: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
@@ -90,7 +91,7 @@ def bits(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def grouped(sums: Sums, x: jax.Array, dy: jax.Array, K: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """y = (x − K)·a + c and dx = dy·a + (x − K)·b + d: two products per position, the rest per channel."""
+    """Computes y = (x − K)·a + c and dx = dy·a + (x − K)·b + d: two products per element, the rest per channel."""
     centred = x - jnp.asarray(K, x.dtype) if K else x
     n = x.size // x.shape[-1]
     mean, square = (s / n for s in sums(centred, centred))
@@ -102,7 +103,7 @@ def grouped(sums: Sums, x: jax.Array, dy: jax.Array, K: float = 0.0) -> tuple[ja
 
 
 def spread(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """xhat = (x − mean)·rstd and dx = (dy − mean(dy) − xhat·mean(dy·xhat))·rstd, as textbooks have it."""
+    """Computes xhat = (x − mean)·rstd and dx = (dy − mean(dy) − xhat·mean(dy·xhat))·rstd, the textbook form."""
     wide, dwide = _wide(x), _wide(dy)
     mean = jnp.mean(wide, _rows(x))
     rstd = lax.rsqrt(jnp.mean(wide**2, _rows(x)) - mean**2 + 1e-5)
@@ -112,7 +113,7 @@ def spread(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def naive(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Autodiff of E[x²] − E[x]²."""
+    """Computes y with the variance E[x²] − E[x]², and dx by autodiff."""
 
     def forward(x: jax.Array) -> jax.Array:
         wide = _wide(x)
@@ -125,7 +126,7 @@ def naive(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def module(kind: Any, mean: float, x: jax.Array, dy: jax.Array) -> Any:
-    """A layer of a library, whose running mean is so many standard deviations away: up to 2 count as none, 4 as far."""
+    """Runs a library's layer forward and backward, with running mean `mean` and running variance 1 in every channel."""
     ones = jnp.ones(x.shape[-1])
     layer, stats = kind(use_running_average=False, dtype=x.dtype), dict(mean=mean * ones, var=ones)
 
@@ -137,7 +138,7 @@ def module(kind: Any, mean: float, x: jax.Array, dy: jax.Array) -> Any:
     return y, dx, grads, updates
 
 
-TRIED: dict[str, tuple[Step, str]] = {  # and what it is said to be good for
+TRIED: dict[str, tuple[Step, str]] = {  # candidate: its step, and the advantage expected of it
     "bnjax": (partial(module, bnjax.BatchNorm, 0.0), "grouped, with the guard, running averages and all"),
     "bnjax, mean far from 0": (partial(module, bnjax.BatchNorm, 3.0), "the branch that subtracts a pivot"),
     "flax.linen": (partial(module, nn.BatchNorm, 0.0), "autodiff, inexact"),
@@ -157,20 +158,20 @@ ONLY_BFLOAT16 = ("grouped, sums apart", "grouped, bits")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where it goes."""
+    """Options of the benchmark: what is measured, and where the results go."""
 
-    out: Path = Path(__file__).parents[1] / "results"
+    out: Path = report.RESULTS
     """Folder of tried.jsonl and tried.md."""
     rounds: int = 21
-    """Rounds of each comparison, at most."""
+    """Largest number of rounds of each comparison."""
     seconds: float = 15.0
-    """After the first five rounds a comparison ends with this."""
+    """After the first five rounds, a comparison ends when this time is over."""
     quick: bool = False
-    """One small shape; nothing is written."""
+    """Measure one small shape, and write nothing."""
 
 
 def measure(config: Config) -> Iterator[dict[str, Any]]:
-    """A row for each candidate, shape and dtype."""
+    """Yields a row for each candidate, shape and dtype."""
     for shape in ((16, 8, 8, 32),) if config.quick else SHAPES:
         x, dy = (np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in (0, 1))
         for name, dtype in layers.DTYPES.items():
@@ -192,30 +193,29 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def passes(step: Step, x: jax.Array) -> float:
-    """XLA's own count of bytes, in activations; both sides of a branch are in it."""
+    """Returns the bytes that XLA counts, in units of the activation; both sides of a branch are included."""
     cost = jax.jit(step).lower(x, x).compile().cost_analysis()
     return round(cost["bytes accessed"] / x.nbytes, 2)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: times of the floor, and passes, by candidate."""
+    """Makes a Markdown table of times (in multiples of the floor) and passes, by candidate."""
     columns = list(dict.fromkeys((tuple(row["shape"]), row["dtype"]) for row in rows))
-    head = " | ".join(f"{shape} {dtype}" for shape, dtype in columns)
-    text = [f"| tried | {head} | what it was to be good for |", "|---" * (len(columns) + 2) + "|"]
     found = {(row["tried"], tuple(row["shape"]), row["dtype"]): row for row in rows}
+    lines = []
     for name, (_, why) in TRIED.items():
         here = [found.get((name, *column)) for column in columns]
-        cells = [f"{row['over_floor']:.2f} ({row['passes']:.0f})" if row else "" for row in here]
-        text.append(f"| {name} | {' | '.join(cells)} | {why} |")
-    return "\n".join(text) + "\n"
+        lines.append((name, *(f"{row['over_floor']:.2f} ({row['passes']:.0f})" if row else "" for row in here), why))
+    return report.table(("tried", *(f"{s} {d}" for s, d in columns), "what it was to be good for"), lines)
 
 
 def main(config: Config) -> None:
-    rows = layers.shown(measure(config), "shape", "dtype", "tried")
+    """Measures, prints, and writes rows and page."""
+    rows = report.shown(measure(config), lambda row: report.timed(row, "shape", "dtype", "tried"))
     print("\n" + table(rows))
     if not config.quick:
         text = f"Times of the floor (passes over the activation, by XLA's count).\n\n{table(rows)}"
-        layers.keep(rows, config.out, "tried", "Formulations of one layer on the CPU", text)
+        report.keep(rows, config.out, "clock.tried", "Formulations of one layer on the CPU", text)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What compilers make of programs, which are not run."""
+"""Benchmarks that compile programs and analyse them, without running them."""

@@ -1,4 +1,4 @@
-"""What TPU and GPU compilers make of BN networks: bytes, temporary memory and all-reduces, beside flax.linen's modes.
+"""Compiles BN networks for TPU and GPU, and reports bytes, temporary memory and all-reduces, beside flax.linen.
 
 Claim:    A layer with ReLU moves 7 activations on TPU v5e and H100, flax.linen 7 and 10, its accurate mode 9 and 12.
 Command:  python -m experiments.bench.compiled.aot       # pip install "bnjax[aot]"; --quick takes 15 s
@@ -11,30 +11,30 @@ not run, the guard of `bnjax.batch_moments`, stand apart. Arrays are too large t
 stages.
 """
 
-import argparse
-import json
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from experiments.bench.compiled import hlo
-from experiments.bench.compiled.targets import devices_of, missing  # before JAX makes a device
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-import flax.linen as nn  # isort: skip
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import numpy as np  # isort: skip
-import optax  # isort: skip
-from jax.sharding import Mesh, NamedSharding  # isort: skip
-from jax.sharding import PartitionSpec as P  # isort: skip
+import bnjax
+from experiments import jsonl
+from experiments.bench import report
+from experiments.bench.compiled import hlo, networks
+from experiments.bench.compiled.targets import TARGETS, devices_of, require
 
-import bnjax  # isort: skip
-from experiments.bench.compiled import networks  # isort: skip
-
-RESULTS = Path(__file__).parents[1] / "results" / "aot.jsonl"
+RESULTS = report.RESULTS / "aot.jsonl"
 TRAIN = dict(use_running_average=False, dtype=jnp.bfloat16)
 NORMS = {
     "bnjax": partial(bnjax.BatchNorm, **TRAIN),
@@ -44,9 +44,7 @@ NORMS = {
 PROGRAMS = {  # network, shape of a chip's input, targets
     "layer": (networks.Layer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
     "layer, masked": (networks.MaskedLayer, (512, 56, 56, 128), ("v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")),
-    "2 conv-BN-ReLU": (networks.ConvNormRelu, (512, 56, 56, 128), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
-    "2 bottlenecks": (networks.TwoBottlenecks, (512, 56, 56, 256), ("v5e:2x2", "v6e:2x2", "h100", "4xh100")),
-    # v6e comes last: there libtpu 0.0.42 dies of flax.linen's step, and the process with it.
+    # v6e comes last, because there libtpu 0.0.42 crashes the process when it compiles flax.linen's step.
     "ResNet-50 step": (networks.ResNet50, (256, 224, 224, 3), ("v5e:2x2", "h100", "4xh100", "v6e:2x2")),
 }
 QUICK = (("layer", "v5e:2x2"), ("layer, masked", "v5e:16x16"), ("layer", "h100"), ("layer, masked", "4xh100"))
@@ -55,7 +53,7 @@ Step = Callable[..., Any]
 
 
 def gradient(model: nn.Module) -> Step:
-    """y, its derivatives in all parameters and x, and the running averages."""
+    """Returns a step that computes y, its derivatives in all parameters and x, and the running averages."""
 
     def step(variables: Any, x: jax.Array, dy: jax.Array) -> Any:
         def forward(params: Any, x: jax.Array) -> Any:
@@ -68,7 +66,7 @@ def gradient(model: nn.Module) -> Step:
 
 
 def training(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
-    """A training step: variables and momentum, before and after."""
+    """Returns a training step `(variables, momentum, x, labels) -> (variables, momentum)`."""
 
     def step(variables: Any, momentum: Any, x: jax.Array, labels: jax.Array) -> Any:
         def loss(params: Any) -> Any:
@@ -83,7 +81,7 @@ def training(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
 
 
 def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
-    """The program, and the bytes of the input of one chip."""
+    """Compiles one program for a target; returns it, and the bytes of one chip's input."""
     network, shape, _ = PROGRAMS[program]
     model = network(NORMS[norm])
     devices = devices_of(target)[:1] if target == "h100" else devices_of(target)
@@ -104,7 +102,7 @@ def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
 
 
 def measure(program: str, norm: str, target: str) -> dict[str, Any]:
-    """One row of the results."""
+    """Compiles one program and returns its row of the results."""
     start = time.perf_counter()
     executable, chip = compiled(program, norm, target)
     text = executable.as_text()
@@ -128,13 +126,14 @@ def measure(program: str, norm: str, target: str) -> dict[str, Any]:
 
 
 def rows(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each program, target and norm."""
     for program, target in pairs:
         for norm in NORMS:
             yield measure(program, norm, target)
 
 
 def show(row: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Formats a row as one line for the terminal."""
     reduced = row["all_reduces"]
     payload = f"{len(reduced)} all-reduces of at most {max(reduced)} numbers" if reduced else "no all-reduces"
     return (
@@ -143,33 +142,41 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="single layers; written only where --out says")
-    parser.add_argument("--out", type=Path, help="file of JSON lines, in which rows of the same program are replaced")
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
-    parser.add_argument("--targets", nargs="+", default=None, help="by default those of each program")
-    args = parser.parse_args()
-    pairs = [(p, t) for p in args.programs for t in PROGRAMS[p][2] if args.targets is None or t in args.targets]
-    if args.quick:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options: what is compiled, and where the rows go."""
+
+    quick: bool = False
+    """Compile single layers only; rows are written only if --out is given."""
+    out: Path | None = None
+    """File of JSON lines; a new row replaces an older one of the same program, norm and target."""
+    programs: tuple[Literal[*PROGRAMS], ...] = tuple(PROGRAMS)
+    """Programs to compile."""
+    targets: tuple[Literal[*TARGETS], ...] = TARGETS
+    """Targets to compile for; each program is compiled for some of them only."""
+
+
+def main(config: Config) -> None:
+    """Compiles each program for each of its targets, and writes each row as soon as it is known."""
+    pairs = [(p, t) for p in config.programs for t in PROGRAMS[p][2] if t in config.targets]
+    if config.quick:
         pairs = list(QUICK)
-    if reasons := [reason for target in {t for _, t in pairs} if (reason := missing(target))]:
-        parser.error("\n".join(reasons))
+    require({target for _, target in pairs})
     found = []
     for row in rows(pairs):
         print(show(row), flush=True)
         found.append(row)
-        if out := args.out or (None if args.quick else RESULTS):
+        if out := config.out or (None if config.quick else RESULTS):
             keep(found, out)
 
 
 def keep(found: list[dict[str, Any]], out: Path) -> None:
-    """Puts the rows into the results, in the place of older ones of the same program, norm and target."""
+    """Adds rows to the results; a row replaces an older one of the same program, norm and target."""
     key = lambda row: (row["program"], row["target"], row["norm"])  # noqa: E731
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    old = jsonl.read(out) if out.exists() else []
     kept = {key(row): row for row in [*old, *found]}
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    jsonl.write(out, kept.values())
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

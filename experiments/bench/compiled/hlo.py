@@ -1,7 +1,7 @@
-"""What a compiled program says of itself: the bytes that its operations move, and its collectives.
+"""Parses the text of a compiled program: the bytes that its operations move, and its collectives.
 
-Two things are kept apart, for they differ in what they cost: the main program, which every step runs, and the branches
-of its conditionals, which a steady state does not (the guard of `bnjax.batch_moments`).
+The main program, which every step runs, is counted apart from the branches of its conditionals, which training usually
+does not run (the guard of `bnjax.batch_moments`).
 """
 
 import re
@@ -13,11 +13,11 @@ _SIZES = {
     **dict.fromkeys(("f32", "s32", "u32"), 4),
     **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
 }
-# Views, arguments, and the ends of what was counted at its start.
+# Views and arguments move nothing, and an asynchronous operation is counted at its start, not at its end.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
 _FREE |= {"copy-done", "slice-done", "all-reduce-done", "async-done", "async-update"}
-_CALLS = {"call", "conditional", "while"}  # what they call is counted, not what they are given
-_ON_CHIP = re.compile(r"S\([1-9]\d*\)")  # the memory space of a layout, where it is not HBM
+_CALLS = {"call", "conditional", "while"}  # the computations they call are counted, not their operands
+_ON_CHIP = re.compile(r"S\([1-9]\d*\)")  # a memory space in a layout other than 0, which is main memory
 
 
 class Operation(NamedTuple):
@@ -34,7 +34,7 @@ Computations = dict[str, list[Operation]]
 
 
 def computations(text: str) -> tuple[Computations, str]:
-    """The computations of an HLO module by name, and the name of the entry."""
+    """Parses an HLO module into its computations by name; returns them, and the name of the entry computation."""
     found: Computations = {}
     entry = here = ""
     for line in text.splitlines():
@@ -50,6 +50,7 @@ def computations(text: str) -> tuple[Computations, str]:
 
 
 def _called(rest: str) -> list[str]:
+    """Returns the names of the computations that an operation calls."""
     names = re.findall(r"(?:true_computation|false_computation|to_apply|body)=%?([\w.\-]+)", rest)
     for group in re.findall(r"branch_computations=\{([^}]*)\}", rest):
         names += [name.strip().lstrip("%") for name in group.split(",")]
@@ -57,7 +58,7 @@ def _called(rest: str) -> list[str]:
 
 
 def size(types: str) -> int:
-    """Bytes of the arrays in a type that lie in main memory."""
+    """Returns the bytes of those arrays of a type that lie in main memory."""
     total = 0
     for dtype, dims, layout in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?", types):
         if dtype in _SIZES and not _ON_CHIP.search(layout):
@@ -66,11 +67,12 @@ def size(types: str) -> int:
 
 
 def elements(payload: str) -> int:
-    """How many numbers a type such as 'f32[2,4]{1,0}' or '(f32[4], f32[4])' holds."""
+    """Returns how many numbers a type such as 'f32[2,4]{1,0}' or '(f32[4], f32[4])' holds."""
     return sum(_product(dims) for dims in re.findall(r"\w+\[([\d,]*)\]", payload))
 
 
 def _product(dims: str) -> int:
+    """Returns the product of dimensions written as "2,4"; 1 for an empty string."""
     total = 1
     for d in filter(None, dims.split(",")):
         total *= int(d)
@@ -78,11 +80,12 @@ def _product(dims: str) -> int:
 
 
 def traffic(text: str) -> tuple[int, int]:
-    """Bytes read and written: by the main program, and by the branches of its conditionals, each at its most."""
+    """Counts bytes read and written: of the main program, and of the largest branch of each conditional."""
     found, entry = computations(text)
     branches = 0
 
     def moved(name: str) -> int:
+        """Returns the bytes that a computation and those it calls move."""
         nonlocal branches
         types = {op.name: op.type for op in found[name]}
         total = 0
@@ -99,23 +102,26 @@ def traffic(text: str) -> tuple[int, int]:
 
 
 def _read(op: Operation, types: dict[str, str]) -> int:
-    """What an operation reads: its operands, but of a slice that begins no more than the slice."""
+    """Returns the bytes an operation reads: its operands, or only the slice if the operation starts a slice."""
     read = sum(size(types.get(operand, "")) for operand in op.operands)
     return min(read, size(_target(op).split("{")[0])) if op.opcode == "slice-start" else read
 
 
 def _written(op: Operation) -> int:
+    """Returns the bytes an operation writes."""
     return size(_target(op) if op.opcode in ("copy-start", "slice-start") else op.type)
 
 
 def _target(op: Operation) -> str:
-    """The array that a transfer fills: of (target, source, state), and of ((source), target, state)."""
+    """Returns the type of the array that a transfer fills: of (target, source, state), or of ((source),
+    target, state).
+    """
     arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", op.type)
     return arrays[1 if op.opcode == "slice-start" else 0]
 
 
 def all_reduces(compiled: Any) -> tuple[list[str], dict[str, list[str]]]:
-    """Payload types of the all-reduces, as (in the main program, {branch of a conditional: [...]})."""
+    """Returns the payload types of the all-reduces: those of the main program, and by branch those of conditionals."""
     found, _ = computations(compiled if isinstance(compiled, str) else compiled.as_text())
     branches = {name for ops in found.values() for op in ops if op.opcode == "conditional" for name in op.calls}
     main: list[str] = []

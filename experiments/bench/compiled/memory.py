@@ -12,24 +12,24 @@ network one activation is kept. It is chosen before the process starts, by
 XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false; as an option of one compilation it has no effect.
 """
 
-import argparse
-import json
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from experiments.bench.compiled.targets import devices_of, missing  # before JAX makes a device
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import SingleDeviceSharding
 
-import flax.linen as nn  # isort: skip
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-from jax.sharding import SingleDeviceSharding  # isort: skip
-
-import bnjax  # isort: skip
+import bnjax
+from experiments import jsonl
+from experiments.bench.compiled.targets import devices_of, require
 
 SEQUENTIAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-SHAPES = {  # of the activation; for TPU and GPU too large to stay on chip
+SHAPES = {  # of the activation; for TPU and GPU too large for on-chip memory
     "cpu": (16, 28, 28, 64),
     "v5e:2x2": (256, 56, 56, 128),
     "h100": (256, 56, 56, 128),
@@ -43,7 +43,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Blocks(nn.Module):
-    """So many times conv 3×3 → norm → ReLU."""
+    """Repeats conv 3×3 → norm → ReLU `depth` times."""
 
     norm: Callable[..., nn.Module]
     depth: int
@@ -57,7 +57,7 @@ class Blocks(nn.Module):
 
 
 def activations(norm: str, depth: int, *, target: str = "cpu", dtype: Any = jnp.float32) -> float:
-    """Temporary memory of the gradient in all parameters, in sizes of one activation."""
+    """Returns the temporary memory of the gradient in all parameters, in units of one activation."""
     model, shape = Blocks(NORMS[norm], depth), SHAPES[target]
 
     def gradient(variables: Any, x: jax.Array) -> Any:
@@ -78,7 +78,7 @@ def activations(norm: str, depth: int, *, target: str = "cpu", dtype: Any = jnp.
 
 
 def measure(norm: str, target: str, dtype: str) -> dict[str, Any]:
-    """One row: the memory at each depth, and what a block more costs between the first depth and the last."""
+    """Returns one row: the memory at each depth, and the memory per additional block between first and last depth."""
     depths = DEPTHS[target]
     found = [activations(norm, depth, target=target, dtype=jnp.dtype(dtype)) for depth in depths]
     return {
@@ -95,18 +95,24 @@ def measure(norm: str, target: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=["cpu"], choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    args = parser.parse_args()
-    if reasons := [reason for target in args.targets if (reason := missing(target))]:
-        parser.error("\n".join(reasons))
-    for target in args.targets:
-        for dtype in args.dtypes:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options: what is compiled."""
+
+    targets: tuple[Literal["cpu", "v5e:2x2", "h100"], ...] = ("cpu",)
+    """Targets to compile for."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Dtypes of the activations."""
+
+
+def main(config: Config) -> None:
+    """Prints a JSON line for each target, dtype and norm."""
+    require(config.targets)
+    for target in config.targets:
+        for dtype in config.dtypes:
             for norm in NORMS:
-                print(json.dumps(measure(norm, target, dtype)), flush=True)
+                print(jsonl.text(measure(norm, target, dtype)), end="", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -1,4 +1,4 @@
-"""Networks to compare normalisations in, from one layer to ResNet-50: NHWC, and the norm is an argument."""
+"""Defines networks to compare normalizations in, from one layer to ResNet-50; NHWC, with the norm as an argument."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ Norm = Callable[..., nn.Module]  # () -> a module that takes x
 
 
 class Layer(nn.Module):
-    """ReLU(norm(x))."""
+    """Computes ReLU(norm(x))."""
 
     norm: Norm
 
@@ -22,7 +22,7 @@ class Layer(nn.Module):
 
 
 class MaskedLayer(nn.Module):
-    """ReLU(norm(x)), where one row in eight is padding."""
+    """Computes ReLU(norm(x)) with a mask, under which one row in eight is padding."""
 
     norm: Norm
 
@@ -32,20 +32,8 @@ class MaskedLayer(nn.Module):
         return nn.relu(self.norm()(x, mask=rows % 8 < 7))
 
 
-class ConvNormRelu(nn.Module):
-    """Two times conv 3×3 → norm → ReLU."""
-
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
-            x = nn.relu(self.norm()(_conv(x.shape[-1], 3, x.dtype)(x)))
-        return x
-
-
 class Bottleneck(nn.Module):
-    """x + conv 1×1, 3×3, 1×1, each with its norm: He et al. 2016, figure 5, but the stride in the 3×3, as usual now."""
+    """Residual block of conv 1×1, 3×3, 1×1, each with a norm: He et al. 2016, figure 5, with the stride in the 3×3."""
 
     norm: Norm
     features: int
@@ -60,18 +48,6 @@ class Bottleneck(nn.Module):
         if x.shape != y.shape:
             x = self.norm()(conv(4 * self.features, 1, stride=self.stride)(x))
         return nn.relu(x + y)
-
-
-class TwoBottlenecks(nn.Module):
-    """Two blocks of one width."""
-
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
-            x = Bottleneck(self.norm, x.shape[-1] // 4)(x)
-        return x
 
 
 class ResNet50(nn.Module):
@@ -92,4 +68,5 @@ class ResNet50(nn.Module):
 
 
 def _conv(features: int, size: int, dtype: Any, stride: int = 1) -> nn.Conv:
+    """Builds a square convolution without bias."""
     return nn.Conv(features, (size, size), (stride, stride), use_bias=False, dtype=dtype)

@@ -1,21 +1,15 @@
-"""Devices to compile for that are not there: TPUs and GPUs by their real compilers, on a machine that has neither.
+"""Describes TPUs and GPUs to their compilers, so that programs can be compiled on a machine without such devices.
 
-Import this before JAX makes its first device. The compilers come with `pip install "bnjax[aot]"`: libtpu and XLA:GPU.
+The compilers, libtpu and XLA:GPU, are installed by `pip install "bnjax[aot]"`.
 """
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-# Before libtpu loads: there is no TPU or GPU here, and another process may hold the library.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 from jax.experimental import topologies
-
-jax.config.update("jax_platforms", "cpu")  # where JAX was imported before this file
 
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -32,18 +26,37 @@ TARGETS = ("cpu", "v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")
 
 
 def devices_of(target: str) -> Sequence[Any]:
-    """All devices of a target."""
+    """Returns all devices of a target.
+
+    From then on this process computes on the CPU, and only compiles for other devices.
+    """
+    jax.config.update("jax_platforms", "cpu")
     if target == "cpu":
         return jax.devices("cpu")
     if target.startswith("v"):
+        _tell_libtpu()
         return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
     count = int(target.split("x")[0]) if target[0].isdigit() else 1
     described = dict(platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{count}")
     return topologies.get_topology_desc(**described).devices
 
 
+def _tell_libtpu() -> None:
+    """Sets the environment that libtpu reads when it loads: no TPU is attached, and other processes may load it too."""
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def require(targets: Iterable[str]) -> None:
+    """Exits with status 2 if a target's compiler is not installed, and prints what to install."""
+    if reasons := [reason for target in targets if (reason := missing(target))]:
+        print(*reasons, sep="\n", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def missing(target: str) -> str:
-    """Why a target cannot be compiled for here; empty if it can."""
+    """Returns why a target cannot be compiled for here, or an empty string if it can."""
     try:
         devices_of(target)
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:

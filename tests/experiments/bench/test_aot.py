@@ -1,11 +1,12 @@
-"""What the compilers of TPUs and GPUs make of a layer: compiled, not run (`experiments.bench.compiled.aot`)."""
+"""Tests what the compilers of TPUs and GPUs make of a layer; it is not run (`experiments.bench.compiled.aot`)."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from experiments import jsonl
+from tests.support.programs import ROOT
 
 CHANNELS = 128
 pytestmark = pytest.mark.aot
@@ -13,12 +14,14 @@ pytestmark = pytest.mark.aot
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """In a process of its own: the compilers want to be set up before JAX makes a device."""
-    out, root = tmp_path_factory.mktemp("aot") / "quick.jsonl", Path(__file__).parents[3]
+    """Compiles in a separate process, because the compilers must be set up before JAX creates a device; returns the
+    rows.
+    """
+    out = tmp_path_factory.mktemp("aot") / "quick.jsonl"
     command = [sys.executable, "-m", "experiments.bench.compiled.aot", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return jsonl.read(out)
 
 
 def _of(rows, norm):
@@ -31,7 +34,7 @@ def test_a_layer_makes_seven_passes(rows):
 
 
 def test_never_more_than_flax(rows):
-    """Than its fast mode: traffic and memory (to 2 % of an activation: vectors), and collectives."""
+    """Checks that traffic, memory and collectives are at most those of Flax's fast mode, to 2 % of an activation."""
     theirs = _of(rows, "flax.linen")
     for key, row in _of(rows, "bnjax").items():
         for measure in ("traffic", "temporary_memory"):
@@ -40,13 +43,13 @@ def test_never_more_than_flax(rows):
 
 
 def test_the_guard_is_a_branch_that_is_not_taken(rows):
-    """XLA:GPU may turn a conditional into both of its sides and a choice: one read of x more in every step."""
+    """Checks that the guard's read of x is in a branch: XLA:GPU may instead run both sides in every step."""
     for key, row in _of(rows, "bnjax").items():
         assert 0.9 < row["traffic_of_branches"] < 1.1, key
 
 
 def test_one_small_all_reduce_each_way(rows):
-    """At 4 chips and at 256, with a mask too."""
+    """Checks for one small all-reduce forward and one backward, on 4 and on 256 chips, also with a mask."""
     for (program, target), row in _of(rows, "bnjax").items():
         assert len(row["all_reduces"]) == (0 if target == "h100" else 2), (program, target)
         assert all(payload <= 3 * CHANNELS for payload in row["all_reduces"]), (program, target)

@@ -1,10 +1,10 @@
-"""What is read from the text of a compiled program."""
+"""Tests the parser for the text of compiled programs."""
 
 from experiments.bench.compiled import hlo
 
 
 def test_a_transfer_that_begins_counts_what_it_moves():
-    """Of a slice no more than the slice, and nothing that is written on chip."""
+    """Checks that a slice counts only the slice, and that writes to on-chip memory count nothing."""
     text = """
 ENTRY %main (w: f32[64,8]) -> f32[64,8] {
   %w = f32[64,8]{1,0:T(8,128)} parameter(0)

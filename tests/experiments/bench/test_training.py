@@ -1,6 +1,5 @@
-"""The benchmark of a whole network compares equals, and a block of conv-BN-ReLU keeps two activations on the CPU."""
+"""Tests that the networks of the training benchmark are equal, and that a conv-BN-ReLU block keeps two activations."""
 
-import json
 import sys
 from importlib.util import find_spec
 
@@ -9,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import jsonl
+from experiments.bench import report
 from experiments.bench.clock.training import __main__ as training
 from experiments.bench.clock.training import imports, resnet20
 from experiments.bench.clock.training import steps as training_steps
@@ -19,7 +20,7 @@ BATCH = training_steps.batch_of(4, 8, resnet20.CLASSES)
 
 @pytest.fixture(scope="module")
 def nets():
-    """Of every JAX library, in float64: what differs then differs by more than rounding."""
+    """Returns the network in every JAX library, in float64, so that real differences are far larger than rounding."""
     with jax.enable_x64(True):
         found = training_steps.jax_nets("resnet20", BATCH.images, jnp.float64, blocks=1)
         return {name: net._replace(params=_double(net.params), state=_double(net.state)) for name, net in found.items()}
@@ -31,7 +32,7 @@ def _double(tree):
 
 @pytest.fixture(scope="module")
 def after(nets):
-    """Parameters, running averages, momentum and loss of a step, as lists in the order of the names."""
+    """Returns parameters, running averages, momentum and loss after a step in each library, as lists of arrays."""
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         steps = {name: jax.jit(training_steps.step_of(net)) for name, net in nets.items()}
         return {
@@ -43,18 +44,18 @@ def after(nets):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*training_steps.LINEN, *training_steps.NNX])
 def test_a_step_is_the_same_step(name, after):
-    """Loss, gradients (the momentum is one, then), running averages; float64 loses four digits on the way."""
+    """Checks loss, gradients (the first momentum) and running averages; float64 loses four digits on the way."""
     for own, wanted in zip(after[name], after["bnjax"], strict=True):
         for a, b in zip(own, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * max(1, np.max(np.abs(b))))
 
 
-if find_spec("torch"):  # an extra of its own, which the benchmark too can do without
+if find_spec("torch"):  # optional, also for the benchmark
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", training_steps.TORCH)
     def test_so_it_is_in_torch(name, nets, after):
-        """In both layouts."""
+        """Checks that a step in PyTorch gives the loss and parameters of bnjax, in both memory layouts."""
         net = resnet20.torch_resnet20(nets["bnjax"].params, blocks=1)
         loss = training_steps.torch_run(net, name, BATCH, jnp.float64)()
         params, _, _, (wanted,) = after["bnjax"]
@@ -78,14 +79,16 @@ def test_the_step_that_is_timed_is_compiled_and_donates():
 
 
 def _of_one_block_more(norm):
-    """Between four and six blocks, beyond the kernel of one, which its convolutions copy."""
+    """Returns the memory per block between four and six blocks, without the copy of the kernel in its convolution."""
     deep, less = (memory.activations(norm, depth) for depth in (6, 4))
     *_, channels = shape = memory.SHAPES["cpu"]
     return (deep - less) / 2 - 9 * channels**2 / np.prod(shape)
 
 
 def test_a_block_keeps_two_activations_on_the_cpu():
-    """Its convolution's output and its own; XLA:CPU with its default scheduler. Flax keeps no fewer."""
+    """Checks that a block keeps its convolution's output and its own, with XLA:CPU's default scheduler; Flax keeps as
+    many.
+    """
     assert _of_one_block_more("bnjax") <= 2
     assert _of_one_block_more("flax.linen") >= 2
 
@@ -101,14 +104,18 @@ def test_the_tables():
 
 
 def test_results_are_written(tmp_path):
-    training.write([{"part": "imports", "package": "flax", "milliseconds": 3.25}], tmp_path)
-    about, row = map(json.loads, (tmp_path / "training.jsonl").read_text().splitlines())
-    assert "jax" in about and row["package"] == "flax"
-    assert about["jax"] in (tmp_path / "training.md").read_text()
+    rows = [{"part": "imports", "package": "flax", "milliseconds": 3.25}]
+    report.keep(rows, tmp_path, "clock.training", "Heading", training.summary(rows))
+    about, row = jsonl.read(tmp_path / "training.jsonl")
+    assert "jax" in about and row == rows[0]
+    page = (tmp_path / "training.md").read_text()
+    assert about["jax"] in page and "python -m experiments.bench.clock.training" in page and "| flax | 3.25 |" in page
 
 
 def test_an_import_loads_nothing_but_flax_and_its_own(tmp_path):
-    """What `import bnjax` takes beyond flax.linen and flax.nnx is its own modules: no plots, tables or data."""
+    """Checks that `import bnjax` loads no packages beyond those of flax.linen and flax.nnx: no plots,
+    tables or data.
+    """
     code = "import {}, sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     base, ours = (
         set(imports.printed(code.format(names), str(tmp_path)).split()) for names in ("flax.linen, flax.nnx", "bnjax")

@@ -1,4 +1,4 @@
-"""What the benchmarks of a layer compare computes the same: every formulation, and every library that is installed."""
+"""Tests that all formulations and all installed libraries in the benchmarks of one layer compute the same."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ FORMULATIONS = [
 
 @pytest.mark.parametrize(("name", "dtype"), FORMULATIONS)
 def test_formulations(name, dtype):
-    """In bfloat16 some round twice."""
+    """Compares each formulation with the naive one; in bfloat16 the tolerance allows rounding twice."""
     with jax.numpy_rank_promotion("allow"):
         found, wanted = (_wanted(tried.TRIED[key][0], dtype) for key in (name, "naive"))
     for own, want in zip(found, wanted, strict=True):
@@ -35,7 +35,7 @@ def test_formulations(name, dtype):
 
 @pytest.mark.parametrize("name", sorted({*peers.JAX_PEERS} - {*peers.left_out()} - peers.WITHOUT_MASK - {"bnjax"}))
 def test_masked_layers(name):
-    """The same mask means the same to all that take one."""
+    """Checks that every library that takes a mask gives the results of bnjax with the same mask."""
 
     def step(peer):
         layer = peers._JAX[peer][1](X.shape, jnp.float32)
@@ -58,4 +58,4 @@ def test_the_table_of_formulations(monkeypatch):
         *((name, "bfloat16") for name in tried.TRIED),
     ]
     assert all(row["passes"] > 1 for row in rows)
-    assert tried.table(rows).count("\n") == 2 + len(tried.TRIED)
+    assert tried.table(rows).count("\n") == 1 + len(tried.TRIED)

@@ -1,1 +1,1 @@
-"""`python -m experiments.bench.clock.scaling`: how the time of a layer grows."""
+"""Measures how the time of a layer grows: `python -m experiments.bench.clock.scaling`."""

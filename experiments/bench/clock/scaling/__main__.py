@@ -26,27 +26,25 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments import jsonl
+from experiments.bench import report
 from experiments.bench.clock import peers
-from experiments.bench.clock.layers import versions
-from experiments.bench.clock.scaling import fits
-from experiments.bench.clock.scaling import paper as scaling_paper
+from experiments.bench.clock.scaling import fits, paper
 from experiments.bench.clock.timing import interleaved
 
-ROOT = Path(__file__).parents[4]
-RESULTS = Path(__file__).parents[2] / "results"
 MODE = "forward + backward"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured, and how long."""
+    """The sizes that are measured, and the time spent on them."""
 
     wide: Sequence[int]  # rows of 64 channels
     narrow: Sequence[int]  # rows of 8
     channels: Sequence[int]
-    elements: int  # where the channels grow
-    batch: tuple[int, int]  # rows and channels that the devices divide
-    payloads: Sequence[int]  # channels of the processes' layer
+    elements: int  # of the activation in the sweep over channels
+    batch: tuple[int, int]  # rows and channels of the batch that is split over the devices
+    payloads: Sequence[int]  # channels of the layer in the sweeps over processes
     rounds: int  # of devices and processes
     seconds: float  # for each comparison on one device
 
@@ -72,23 +70,23 @@ QUICK = Sizes(
     rounds=5,
     seconds=0.5,
 )
-ROWS_OF_A_PROCESS = 256  # few, for the all-reduce is in question
+ROWS_OF_A_PROCESS = 256  # few, so that the time is that of the all-reduce
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where it goes."""
+    """Options of the benchmark: what is measured, and where the results go."""
 
     out: Path | None = None
     """Folder of scaling.jsonl and scaling.png; by default that of the results, and with --quick nowhere."""
     quick: bool = False
-    """Few and small sizes: whether everything runs, not how long it takes."""
+    """Measure few and small sizes: a check that everything runs, not a measurement."""
     paper: bool = False
-    """Measures nothing and prints what BN costs on paper at 256 and 4,096 chips."""
+    """Measure nothing; print what BN costs on 256 and 4,096 chips according to the model."""
 
 
 def measure(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """A row for each size and curve of each sweep."""
+    """Yields a row for each size and curve of every sweep."""
     for name, channels, lengths in (("64 channels", 64, sizes.wide), ("8 channels", 8, sizes.narrow)):
         for rows in lengths:
             yield from _compare(name, rows, channels, rows, sizes.seconds)
@@ -100,7 +98,7 @@ def measure(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _compare(sweep: str, rows: int, channels: int, grows: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """The layer on one device, beside flax.linen's and the floor; they share x and dy, which may be large."""
+    """Times the layer on one device, with flax.linen's and the floor; they share x and dy, which may be large."""
     x, dy = (jax.random.normal(jax.random.key(seed), (rows, channels)) for seed in range(2))
     runs = {"floor": peers.floor_run(MODE, x, dy, jnp.float32)}
     runs |= {peer: peers.jax_run(peer, MODE, x, dy, jnp.float32) for peer in ("bnjax", "flax.linen")}
@@ -111,12 +109,14 @@ def _compare(sweep: str, rows: int, channels: int, grows: int, seconds: float) -
 
 
 def _devices(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Yields the times over one to eight simulated devices."""
     todo = dict(cases=[sizes.batch], meshes=[1, 2, 4, 8], rounds=sizes.rounds)
     for row in _started([todo]):
         yield dict(sweep="simulated devices", grows=row["devices"]) | row
 
 
 def _processes(sizes: Sizes, processes: int) -> Iterator[dict[str, Any]]:
+    """Yields the times over real processes, each with one device."""
     cases = [(ROWS_OF_A_PROCESS * processes, channels) for channels in sizes.payloads]
     todo = dict(cases=cases, meshes=[processes], rounds=sizes.rounds, processes=processes, address=_free_address())
     for row in _started([dict(todo, index=index) for index in range(processes)]):
@@ -124,23 +124,26 @@ def _processes(sizes: Sizes, processes: int) -> Iterator[dict[str, Any]]:
 
 
 def _free_address() -> str:
+    """Returns an address of this machine with a free port, "127.0.0.1:port"."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 def _started(todos: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The lines of the first of the processes, each of which counts its devices by itself."""
+    """Starts one process per entry of `todos`, and yields the JSON lines of the first; each sets its own
+    device count.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     command = [sys.executable, "-m", "experiments.bench.clock.scaling.processes"]
     outputs = [subprocess.PIPE] + [subprocess.DEVNULL] * (len(todos) - 1)
     workers = [
-        subprocess.Popen([*command, json.dumps(todo)], cwd=ROOT, env=environment, stdout=output, text=True)
+        subprocess.Popen([*command, json.dumps(todo)], cwd=report.ROOT, env=environment, stdout=output, text=True)
         for todo, output in zip(todos, outputs, strict=True)
     ]
     try:
         lines = workers[0].stdout or ()
-        yield from (json.loads(line) for line in lines if line.startswith("{"))
+        yield from (line for text in lines if text.startswith("{") for line in jsonl.parse(text))
         if failed := [worker.args for worker in workers if worker.wait(timeout=60)]:
             raise RuntimeError(f"a process failed, see above: {failed}")
     finally:
@@ -150,23 +153,22 @@ def _started(todos: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def show(row: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Formats a row as one line for the terminal."""
     size = f"{row['rows']:9,d} x {row['channels']:<5d} on {row['devices']}"
     return f"{row['sweep']:17s} {size}  {row['curve']:11s} {row['milliseconds']:11.4f} ms ± {row['spread']:4.0%}"
 
 
 def main(config: Config) -> None:
+    """Prints the model of pods, or measures and prints; writes lines and picture unless --quick is given."""
     if config.paper:
-        print(scaling_paper.table())
+        print(paper.table())
         return
-    lines: list[dict[str, Any]] = [versions() | {"sizes": "quick" if config.quick else "full"}]
-    for row in measure(QUICK if config.quick else FULL):
-        lines.append(row)
-        print(show(row), flush=True)
+    about = report.versions() | {"sizes": "quick" if config.quick else "full"}
+    lines = [about, *report.shown(measure(QUICK if config.quick else FULL), show)]
     print("\n" + fits.tables(lines))
-    if out := config.out or (None if config.quick else RESULTS):
+    if out := config.out or (None if config.quick else report.RESULTS):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "scaling.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        jsonl.write(out / "scaling.jsonl", lines)
         fits.draw(lines, out / "scaling.png")
 
 

@@ -1,11 +1,12 @@
-"""What the lines of `experiments.bench.clock.scaling` say: fitted slopes, as tables and as a picture."""
+"""Fits slopes to the lines of `experiments.bench.clock.scaling`, as tables and as a picture."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.bench import report
 
 SWEEPS = {  # name: (what grows, which curves)
     "64 channels": ("rows", ("floor", "bnjax", "flax.linen")),
@@ -18,75 +19,69 @@ SWEEPS = {  # name: (what grows, which curves)
 POWERS, GLOO = tuple(SWEEPS)[:3], tuple(SWEEPS)[4:]
 COLOURS = {"floor": "black", "bnjax": "C0", "pooled": "C0", "flax.linen": "C1", "local": "C2", "all-reduce": "C3"}
 SIZES = {"full": "Measured", "quick": "Few and small sizes, which show that the program runs and no more"}
-LARGE = 8_000_000  # bytes: smaller arrays fit in caches, and at last show what a call costs and not the work
+LARGE = 8_000_000  # bytes: smaller arrays fit in caches, and the smallest measure the overhead of a call
 BYTES_PER_CHANNEL = 2 * 4  # of an all-reduce: two sums in float32
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
 
-def read(file: Path) -> list[Row]:
-    """The lines of a run: versions and machine, and after them a row for each time."""
-    return [json.loads(text) for text in file.read_text().splitlines()]
-
-
 def points(rows: Sequence[Row], sweep: str, curve: str, *, least: int = 0) -> Points:
-    """(what grows, milliseconds) of a curve, where the activation has at least so many bytes."""
+    """Returns (size, milliseconds) of a curve, for activations of at least `least` bytes."""
     found = [r for r in rows if (r["sweep"], r["curve"]) == (sweep, curve) and r["bytes"] >= least]
     return sorted((r["grows"], r["milliseconds"]) for r in found)
 
 
 def power(found: Points) -> tuple[float, float]:
-    """(exponent, factor) of y = factor · x^exponent: least squares on logarithms."""
+    """Fits y = factor · x^exponent by least squares on logarithms; returns (exponent, factor)."""
     x, y = np.log(np.array(found)).T
     exponent, factor = np.polyfit(x, y, 1)
     return float(exponent), float(np.exp(factor))
 
 
 def line(found: Points) -> tuple[float, float]:
-    """(latency, slope) of y = latency + slope · x: least squares of relative errors, as y grows tenfold and more."""
+    """Fits y = latency + slope · x by least squares of relative errors, because y spans decades; returns (latency,
+    slope).
+    """
     x, y = np.array(found).T
     slope, latency = np.polyfit(x, y, 1, w=1 / y)
     return float(latency), float(slope)
 
 
 def _per_kilobyte(fit: tuple[float, float]) -> str:
-    """The slope; where waiting for a core hides it, none."""
+    """Formats a slope in µs per kB, or "not seen" if waiting for a core hides it."""
     return f"{fit[1] * 1e6:.2f}" if fit[1] > 0 else "not seen"
 
 
 def tables(lines: Sequence[Row]) -> str:
-    """Markdown: exponents; what pooling costs over simulated devices; and over real processes."""
+    """Makes Markdown tables: exponents, the cost of pooling over simulated devices, and over real processes."""
     about, *rows = lines
     made = f"{SIZES[about['sizes']]}: jax {about['jax']}, flax {about['flax']}, {about['cores']} cores."
     return "\n\n".join((_exponents(rows), _devices(rows), _processes(rows), made))
 
 
-def _table(head: Sequence[Any], *lines: Sequence[Any]) -> str:
-    rule = "|---" * len(head) + "|"
-    text = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *lines)]
-    return "\n".join((text[0], rule, *text[1:]))
-
-
 def _exponents(rows: Sequence[Row]) -> str:
+    """Makes a table of the exponents of time in rows and in channels."""
     curves = SWEEPS[POWERS[0]][1]
     lines = [
         (f"{SWEEPS[sweep][0]}, {sweep}", *(f"{power(points(rows, sweep, c, least=LARGE))[0]:.2f}" for c in curves))
         for sweep in POWERS
     ]
-    return _table(("exponent of the time in", *curves), *lines)
+    return report.table(("exponent of the time in", *curves), lines)
 
 
 def _devices(rows: Sequence[Row]) -> str:
+    """Makes a table of times over simulated devices, with local and with pooled statistics."""
     local, pooled = (dict(points(rows, "simulated devices", curve)) for curve in ("local", "pooled"))
-    return _table(
-        ("simulated devices", *local),
+    lines = [
         ("statistics of each device, ms", *(f"{t:.2f}" for t in local.values())),
         ("pooled over all, ms", *(f"{t:.2f}" for t in pooled.values())),
         ("difference, µs", *(f"{(pooled[d] - local[d]) * 1e3:.0f}" for d in local)),
-    )
+    ]
+    return report.table(("simulated devices", *local), lines)
 
 
 def _processes(rows: Sequence[Row]) -> str:
+    """Makes a table of all-reduce and layer times over real processes."""
     fits = [line(points(rows, sweep, "all-reduce")) for sweep in GLOO]
     lines = [
         ("one all-reduce: latency, µs", *(f"{latency * 1e3:.0f}" for latency, _ in fits)),
@@ -97,11 +92,11 @@ def _processes(rows: Sequence[Row]) -> str:
         for end in (0, -1):
             channels = int(found[0][end][0]) // BYTES_PER_CHANNEL
             lines.append((f"a layer of {channels} channels, {curve}: µs", *(f"{f[end][1] * 1e3:.0f}" for f in found)))
-    return _table(("over gloo", *GLOO), *lines)
+    return report.table(("over gloo", *GLOO), lines)
 
 
 def draw(lines: Sequence[Row], file: Path) -> None:
-    """A panel for each sweep, logarithmic in both directions, with the fits in the legends."""
+    """Draws a log-log panel for each sweep, with the fits in the legends."""
     from matplotlib.figure import Figure
 
     rows = lines[1:]
@@ -119,6 +114,7 @@ def draw(lines: Sequence[Row], file: Path) -> None:
 
 
 def _fit(rows: Sequence[Row], sweep: str, curve: str) -> str:
+    """Returns the fit of a curve as text for the legend, or an empty string."""
     if sweep in POWERS:
         return f", ∝ x^{power(points(rows, sweep, curve, least=LARGE))[0]:.2f}"
     if curve == "all-reduce":

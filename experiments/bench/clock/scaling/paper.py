@@ -1,15 +1,15 @@
-"""On paper: what the all-reduces of batch normalization cost a ResNet-50 step at 256 and 4,096 chips.
+"""Models what the all-reduces of batch normalization cost a ResNet-50 step on 256 and 4,096 chips.
 
-A model, not a measurement. Its assumptions, each with its source, stand in experiments/bench/README.md; the one number
-that it takes from our own results is the traffic of the compiled step (`results/aot.jsonl`).
+This is a model, not a measurement. Its assumptions and their sources are in experiments/bench/README.md; the only
+number from our own results is the memory traffic of the compiled step (`results/aot.jsonl`).
 """
 
-import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-RESULTS = Path(__file__).parents[2] / "results" / "aot.jsonl"
+from experiments import jsonl
+from experiments.bench import report
+
 LAYERS, CHANNELS = 53, 26_560  # of ResNet-50: its normalisations, and their channels together
 IMAGES = 256  # on the chip for which the step was compiled
 BATCHES = (256, 32, 8)  # images per chip in the table
@@ -20,22 +20,26 @@ GPUS = 8  # of a node
 
 
 class Pod(NamedTuple):
-    """Chips that share statistics."""
+    """A group of chips that share statistics."""
 
     name: str
-    latency: float  # s, of an all-reduce of next to nothing
+    latency: float  # s, of an all-reduce of a few bytes
     link: float  # bytes/s, in one direction
     memory: float  # bytes/s of a chip
     step: str  # the target that the training step was compiled for
 
 
 def torus(*sides: int) -> float:
-    """Latency: the sums are scattered and gathered again, round half of each ring in both directions."""
+    """Returns the latency of an all-reduce on a torus: scatter and gather, half way round each ring, in both
+    directions.
+    """
     return 2 * sum(side / 2 for side in sides) * HOP
 
 
 def tree(nodes: int) -> float:
-    """Latency: up and down a chain of GPUs in each node and a binary tree of nodes."""
+    """Returns the latency of an all-reduce of NCCL: up and down a chain of GPUs in each node and a binary tree of
+    nodes.
+    """
     return LAUNCH + 2 * ((GPUS - 1) * NVLINK + math.log2(nodes) * NETWORK)
 
 
@@ -53,30 +57,31 @@ PODS = (
 
 
 def all_reduces(pod: Pod) -> float:
-    """Seconds of a step: two per layer, of two float32 numbers per channel, which travel twice."""
+    """Returns the seconds that all-reduces take in a step: two per layer, of two float32 per channel, sent twice."""
     return 2 * (LAYERS * pod.latency + 2 * 2 * CHANNELS * 4 / pod.link)
 
 
 def traffic_of_an_image(target: str) -> float:
-    """Bytes that the compiled training step moves, per image."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    """Returns the bytes per image that the compiled training step moves."""
+    rows = jsonl.read(report.RESULTS / "aot.jsonl")
     (step,) = [r for r in rows if (r["program"], r["norm"], r["target"]) == ("ResNet-50 step", "bnjax", target)]
     return float(step["traffic"]) * 1e9 / IMAGES
 
 
 def share(pod: Pod, images: int) -> float:
-    """Of a step's time, at most: nothing overlaps, and the rest takes no longer than its traffic to memory."""
+    """Returns an upper bound of the all-reduces' share of a step: nothing overlaps, and the rest is limited by memory
+    traffic.
+    """
     rest = images * traffic_of_an_image(pod.step) / pod.memory
     return all_reduces(pod) / (all_reduces(pod) + rest)
 
 
 def table() -> str:
-    """Markdown: a row for each pod."""
+    """Makes a Markdown table with a row for each pod."""
     head = ["statistics over", "an all-reduce, µs", f"{2 * LAYERS} of them, ms"]
-    lines = ["| " + " | ".join(head + [f"share at {b} images per chip" for b in BATCHES]) + " |"]
-    lines.append("|---" * (len(head) + len(BATCHES)) + "|")
+    lines = []
     for pod in PODS:
         total = all_reduces(pod)
-        shares = " | ".join(f"{share(pod, b):.1%}" for b in BATCHES)
-        lines.append(f"| {pod.name} | {total / (2 * LAYERS) * 1e6:.1f} | {total * 1e3:.2f} | {shares} |")
-    return "\n".join(lines)
+        shares = (f"{share(pod, b):.1%}" for b in BATCHES)
+        lines.append((pod.name, f"{total / (2 * LAYERS) * 1e6:.1f}", f"{total * 1e3:.2f}", *shares))
+    return report.table([*head, *(f"share at {b} images per chip" for b in BATCHES)], lines)

@@ -1,32 +1,36 @@
-"""A layer and its all-reduce over several devices: what `experiments.bench.clock.scaling` starts, once per process.
+"""Times a layer and its all-reduce over several devices; `experiments.bench.clock.scaling` starts it in each process.
 
 Command:  python -m experiments.bench.clock.scaling.processes '{"cases": [[1024, 64]], "meshes": [1, 8], "rounds": 10}'
           and, in each of several processes, '{..., "address": "127.0.0.1:1234", "processes": 2, "index": 0}'
 
-One process shows itself as many devices; several have one each, and meet through gloo. The first prints a JSON line for
-each time. All of them must run the same collectives in the same order, so that the rounds are counted and not timed.
+A single process simulates many devices; several processes have one each, connected by gloo. The first process prints a
+JSON line for each time. All of them must run the same collectives in the same order, so the rounds are counted, not
+timed.
 """
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from experiments import jsonl
 from experiments.bench.clock.timing import Run, interleaved
 
-CHAIN = 16  # all-reduces in one program, so that starting it does not count
+CHAIN = 16  # all-reduces in one program, so that the time to start it does not count
 CURVES = ("local", "pooled", "all-reduce")
 
 
 def layer(pooled: bool) -> Callable[..., Any]:
-    """(y, dx) of a device's rows, by the statistics of its own or of all rows."""
+    """Returns a step that computes (y, dx) of a device's rows, with statistics over all rows if `pooled`, else over its
+    own.
+    """
 
     def step(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, pullback = jax.vjp(lambda x: bnjax.batch_norm(x, axis_name="data" if pooled else None)[0], x)
@@ -36,24 +40,28 @@ def layer(pooled: bool) -> Callable[..., Any]:
 
 
 def all_reduces(v: jax.Array) -> jax.Array:
-    """Means over the devices, one after the other."""
+    """Computes `CHAIN` means over the devices, one after the other."""
     return jax.lax.fori_loop(0, CHAIN, lambda _, v: jax.lax.pmean(v, "data"), v)
 
 
 def program(curve: str, mesh: Mesh) -> Any:
-    """Compiled for arrays that are cut over the mesh; a layer's results go where those of the call before were."""
+    """Compiles a curve's step for arrays split over the mesh; the layer's results reuse the buffers of the previous
+    call.
+    """
     over = dict(mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     if curve == "all-reduce":
-        return jax.jit(jax.shard_map(all_reduces, **over, check_vma=False))  # the result would count as replicated
+        # check_vma would type the means as replicated, unlike the varying array that the loop starts with.
+        return jax.jit(jax.shard_map(all_reduces, **over, check_vma=False))
     step = jax.shard_map(layer(curve == "pooled"), **over)
     return jax.jit(lambda x, dy, *_: step(x, dy), donate_argnums=(2, 3), keep_unused=True)
 
 
 def run_of(curve: str, mesh: Mesh, rows: int, channels: int) -> Run:
-    """One call: a layer on so many rows in all, or all-reduces of its statistics."""
+    """Returns a function that runs a layer on this many rows in total, or the all-reduces of its statistics."""
     compiled, rng = program(curve, mesh), np.random.default_rng(jax.process_index())
 
     def place(make: Callable[..., np.ndarray], rows: int, width: int) -> jax.Array:
+        """Creates an array that is split over the devices, from this process's rows."""
         mine = make((rows // jax.process_count(), width), np.float32)
         return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
 
@@ -70,7 +78,7 @@ def run_of(curve: str, mesh: Mesh, rows: int, channels: int) -> Run:
 
 
 def measure(cases: list[tuple[int, int]], meshes: list[int], rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each case, number of devices and curve."""
+    """Yields a row for each case, number of devices and curve."""
     for rows, channels in cases:
         runs = {
             (curve, count): run_of(curve, Mesh(np.array(jax.devices()[:count]), ("data",)), rows, channels)
@@ -85,22 +93,27 @@ def measure(cases: list[tuple[int, int]], meshes: list[int], rounds: int) -> Ite
 
 
 def join(address: str, processes: int, index: int) -> None:
-    """Meets the others, on the same machine."""
+    """Connects to the other processes on this machine."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options = dict(initialization_timeout=60, coordinator_bind_address=address)
     jax.distributed.initialize(address, processes, index, **options)
 
 
-def main() -> None:
-    todo = json.loads(sys.argv[1])
+def main(work: tyro.conf.Positional[str]) -> None:
+    """Prints a JSON line for each time.
+
+    Args:
+        work: JSON with cases, meshes and rounds; with several processes also address, processes and index.
+    """
+    todo = json.loads(work)
     several = todo.get("processes", 1) > 1
     jax.config.update("jax_num_cpu_devices", 1 if several else max(todo["meshes"]))
     if several:
         join(todo["address"], todo["processes"], todo["index"])
     for row in measure(todo["cases"], todo["meshes"], todo["rounds"]):
         if jax.process_index() == 0:
-            print(json.dumps(row), flush=True)
+            print(jsonl.text(row), end="", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,1 +1,1 @@
-"""`python -m experiments.bench.clock.training`: a training step of ResNet-20 in every library."""
+"""Times a training step of ResNet-20 in every library: `python -m experiments.bench.clock.training`."""

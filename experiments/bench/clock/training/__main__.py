@@ -12,7 +12,6 @@ steps of bnjax timed in that phase. Compilations are fresh: no cache, in memory 
 """
 
 import dataclasses
-import json
 import os
 import random
 import statistics
@@ -22,19 +21,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.bench.clock import peers  # before JAX: settings for PyTorch's threads
+import jax
+import jax.numpy as jnp
+import tyro
+from tqdm import tqdm
+
+from experiments import jsonl
+from experiments.bench import report
+from experiments.bench.clock import peers
+from experiments.bench.clock.timing import Seconds, interleaved
 from experiments.bench.clock.training import imports as training_imports
+from experiments.bench.clock.training import resnet20
 from experiments.bench.clock.training import steps as training_steps
-
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import tyro  # isort: skip
-from tqdm import tqdm  # isort: skip
-
-from experiments.bench.clock.training import resnet20  # isort: skip
-from experiments.bench.clock.layers import versions  # isort: skip
-from experiments.bench.clock.timing import Seconds, interleaved  # isort: skip
-from experiments.bench.compiled.memory import SEQUENTIAL  # isort: skip
+from experiments.bench.compiled.memory import SEQUENTIAL
 
 BATCHES = {"resnet20": (128, 32, 10), "resnet50": (8, 224, 1000)}  # images, their width, classes
 QUICK = {"resnet20": (16, 16, 10), "resnet50": (4, 64, 1000)}
@@ -44,36 +43,36 @@ Part = Literal["step", "memory", "imports"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where it goes."""
+    """Options of the benchmark: what is measured, and where the results go."""
 
-    out: Path = Path(__file__).parents[2] / "results"
+    out: Path = report.RESULTS
     """Folder of training.jsonl and training.md."""
     quick: bool = False
-    """A small batch, few rounds; nothing is written."""
+    """Measure a small batch in few rounds, and write nothing."""
     parts: tuple[Part, ...] = ("step", "memory", "imports")
-    """Only these; nothing is written unless it is all of them."""
+    """Parts to measure; results are written only if it is all of them."""
     network: Literal["resnet20", "resnet50"] = "resnet20"
-    """resnet50: batch 8 of 224×224×3, in flax.linen alone; printed, not written."""
+    """Network; resnet50 has batch 8 of 224×224×3, in flax.linen only, and is printed but not written."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of the activations."""
+    """Dtypes of the activations."""
     rounds: int = 15
-    """Rounds of each comparison, at most."""
+    """Largest number of rounds of each comparison."""
     seconds: float = 90.0
-    """After the first five rounds a comparison ends with this."""
+    """After the first five rounds, a comparison ends when this time is over."""
     compilations: int = 3
-    """Of each step; the medians count."""
+    """Compilations of each step; the median time is reported."""
     compilers: Path = Path(sys.executable)
-    """A Python that has the compilers for TPU and GPU, `pip install "bnjax[aot]"`, if it is another."""
+    """Python interpreter with the compilers for TPU and GPU, `pip install "bnjax[aot]"`; by default this one."""
 
 
 # The step -------------------------------------------------------------------------------------------------------------
 
 
 def steps(config: Config) -> Iterator[dict[str, Any]]:
-    """A row for each library and dtype; those of PyTorch at the end."""
+    """Yields a row for each library and dtype; PyTorch's rows come last."""
     has_torch = "torch" not in peers.left_out() and config.network == "resnet20"
     if not has_torch:
-        print("torch is not installed, or has no such network here: left out", flush=True)
+        print("torch is not measured: it is not installed, or has no such network here", flush=True)
     runs = {}
     for dtype in config.dtypes:
         runs[dtype] = yield from _jax_steps(config, dtype)
@@ -82,6 +81,7 @@ def steps(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _jax_steps(config: Config, dtype: str) -> Iterator[dict[str, Any]]:
+    """Times the step in the JAX libraries and yields their rows; returns batch, parameters and step of bnjax."""
     batch = training_steps.batch_of(*(QUICK if config.quick else BATCHES)[config.network])
     nets = training_steps.jax_nets(config.network, batch.images, DTYPES[dtype])
     executables, lowering, compiling = _compilations(config, nets, batch)
@@ -100,14 +100,17 @@ def _jax_steps(config: Config, dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def _compilations(config: Config, nets: dict[str, Any], batch: Any) -> tuple[dict[str, Any], ...]:
-    """The executables, and the median seconds of tracing with lowering and of compiling; in turns, first ones apart."""
+    """Compiles each network several times, in shuffled order, and discards the first time of each.
+
+    Returns the executables, the median seconds of tracing and lowering, and the median seconds of compiling.
+    """
     count = 1 if config.quick else config.compilations
     order, shuffle = list(nets), random.Random(0).shuffle
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in nets}
     executables = {}
     for done in tqdm(range(count + 1), desc="compiling", disable=None):
         shuffle(order)
-        for name in order[:1] if not done else order:  # the first imports what JAX loads late
+        for name in order[:1] if not done else order:  # the first compilation imports modules that JAX loads lazily
             executables[name], *seconds = training_steps.compiled(nets[name], batch)
             times[name] += [tuple(seconds)] if done else []
     medians = ({name: statistics.median(t[i] for t in own) for name, own in times.items()} for i in range(2))
@@ -117,6 +120,7 @@ def _compilations(config: Config, nets: dict[str, Any], batch: Any) -> tuple[dic
 def _torch_steps(
     config: Config, dtype: str, batch: Any, params: Any, bnjax_run: Callable[[], Any]
 ) -> Iterator[dict[str, Any]]:
+    """Times the step in PyTorch, interleaved with that of bnjax, and yields its rows."""
     nets = {name: resnet20.torch_resnet20(params) for name in training_steps.TORCH}
     runs = {name: training_steps.torch_run(net, name, batch, DTYPES[dtype]) for name, net in nets.items()}
     losses = {name: run() for name, run in runs.items()}
@@ -131,12 +135,14 @@ def _torch_steps(
 
 
 def _times(config: Config, runs: dict[str, Callable[[], Any]]) -> dict[str, Seconds]:
+    """Times the runs, interleaved, within the limits of the configuration."""
     limits = dict(rounds=5, seconds=5.0) if config.quick else dict(rounds=config.rounds, seconds=config.seconds)
     print(f"timing {', '.join(runs)}", flush=True)
     return interleaved(runs, **limits)
 
 
 def _row(dtype: str, name: str, times: dict[str, Seconds]) -> dict[str, Any]:
+    """Returns the columns that every library has in the table of steps."""
     own, ours = times[name], times["bnjax"]
     return {
         "part": "step",
@@ -153,7 +159,9 @@ def _row(dtype: str, name: str, times: dict[str, Seconds]) -> dict[str, Any]:
 
 
 def memory(config: Config) -> Iterator[dict[str, Any]]:
-    """Temporary memory by the number of blocks: on the CPU with both schedulers; for TPU and H100 if they compile."""
+    """Yields temporary memory by number of blocks: on the CPU with both schedulers, and for TPU and H100 if they can
+    compile.
+    """
     runs = [(sys.executable, "cpu", ("float32",), ""), (sys.executable, "cpu", ("float32",), SEQUENTIAL)]
     if not config.quick:
         runs[0] = (sys.executable, "cpu", ("float32", "bfloat16"), "")
@@ -163,12 +171,12 @@ def memory(config: Config) -> Iterator[dict[str, Any]]:
         environment = {**os.environ, "XLA_FLAGS": flags}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            print(f"left out: {done.stderr.splitlines()[-1]}")
-        yield from map(json.loads, done.stdout.splitlines())
+            print(f"not measured: {done.stderr.splitlines()[-1]}")
+        yield from jsonl.parse(done.stdout)
 
 
 def imports(config: Config) -> Iterator[dict[str, Any]]:
-    """Import times."""
+    """Measures import times."""
     return training_imports.measure(3 if config.quick else 15)
 
 
@@ -176,7 +184,7 @@ def imports(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def show(row: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Formats a row as one line for the terminal."""
     return "  ".join(f"{name} {value}" for name, value in row.items())
 
 
@@ -206,48 +214,33 @@ _COLUMNS = {"step": _STEP, "memory": _MEMORY, "imports": _IMPORTS}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table for each part, and of the step for each dtype."""
+    """Makes Markdown: a table for each part, and for the training step one per dtype."""
     text = []
     for part, heading in _HEADINGS.items():
         for dtype in dict.fromkeys(row.get("dtype") if part == "step" else None for row in rows if row["part"] == part):
             here = [row for row in rows if row["part"] == part and (dtype is None or row["dtype"] == dtype)]
-            text += [f"## {heading}{', ' + dtype if dtype else ''}", "", *table(here, _COLUMNS[part]), ""]
+            columns = _COLUMNS[part]
+            lines = [[_cell(row.get(name)) for name in columns] for row in here]
+            text += [f"## {heading}{', ' + dtype if dtype else ''}", "", report.table(columns.values(), lines), ""]
     return "\n".join(text)
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
-    """Lines of Markdown; a cell is empty where the row does not have the column."""
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(_cell(row.get(name)) for name in columns)} |" for row in rows]
-
-
 def _cell(value: Any) -> str:
+    """Formats a value for the Markdown table."""
     if isinstance(value, list):
         return ", ".join(map(_cell, value))
     return "" if value is None or value != value else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(config: Config) -> None:
+    """Measures the requested parts and prints them; writes rows and page if all parts were measured."""
     jax.config.update("jax_enable_compilation_cache", False)
     measured = {"step": steps, "memory": memory, "imports": imports}
-    rows = []
-    for part in config.parts:
-        for row in measured[part](config):
-            rows.append(row)
-            print(show(row), flush=True)
+    rows = report.shown((row for part in config.parts for row in measured[part](config)), show)
     print("\n" + summary(rows))
     if not config.quick and config.network == "resnet20" and set(config.parts) == set(measured):
-        write(rows, config.out)
-
-
-def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """training.jsonl, which begins with the versions, and training.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    about = versions()
-    made = ", ".join(f"{name} {version}" for name, version in about.items())
-    (out / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
-    title = f"# A whole network on the CPU\n\nMade by `python -m experiments.bench.clock.training` with {made}.\n\n"
-    (out / "training.md").write_text(f"{title}{_NOTE}\n\n{summary(rows)}")
+        text = f"{_NOTE}\n\n{summary(rows)}"
+        report.keep(rows, config.out, "clock.training", "A whole network on the CPU", text)
 
 
 _NOTE = """\

@@ -1,6 +1,6 @@
-"""Time that `import bnjax` takes, beside what it stands on: fresh interpreters, in turns.
+"""Times `import bnjax` and the imports of its dependencies, in fresh interpreters, interleaved.
 
-The interpreters write byte code into a folder of their own and find it there, as that of an installed package would be.
+The interpreters cache byte code in a folder of their own, as they would for an installed package.
 """
 
 import os
@@ -21,7 +21,7 @@ _TIMED = "from time import perf_counter; begin = perf_counter(); {}; print(perf_
 
 
 def measure(rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each package: the median of its times, and its ratio to the two of Flax that bnjax needs."""
+    """Yields a row for each package: its median import time, and its ratio to importing flax.linen and flax.nnx."""
     times: dict[str, list[float]] = {name: [] for name in PACKAGES}
     order = list(PACKAGES)
     shuffle = random.Random(0).shuffle
@@ -46,7 +46,7 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def printed(code: str, bytecode: str) -> str:
-    """What a fresh interpreter prints; it keeps its byte code in the folder."""
+    """Returns the standard output of a fresh interpreter, whose byte code is cached in the folder `bytecode`."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode, "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(

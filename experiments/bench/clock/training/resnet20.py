@@ -1,7 +1,7 @@
-"""`experiments.models.convolutional.ResNet20` once more, in flax.nnx and in PyTorch, with the same parameters.
+"""Builds `experiments.models.convolutional.ResNet20` in flax.nnx and in PyTorch, with the same parameters.
 
-Layers have the names that flax.linen gives them there (Conv_0, BatchNorm_0, ..., Dense_0), so the parameters of one are
-those of all.
+Layers have the names that flax.linen gives them (Conv_0, BatchNorm_0, ..., Dense_0), so that one set of parameters fits
+all.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments.bench.clock.peers import import_torch
 from experiments.models.convolutional import shortcut
 
 WIDTHS, CHANNELS, CLASSES = (16, 32, 64), 3, 10
 
 
 def convolutions(blocks: int) -> Iterator[tuple[int, int, int]]:
-    """Features in and out and the stride of each convolution, with so many blocks a stage; a norm follows each."""
+    """Yields input channels, output channels and stride of each convolution; a normalization follows each."""
     before = WIDTHS[0]
     yield CHANNELS, before, 1
     for stage, width in enumerate(WIDTHS):
@@ -29,7 +30,7 @@ def convolutions(blocks: int) -> Iterator[tuple[int, int, int]]:
 
 
 def forward(net: Any, x: Any, relu: Callable[[Any], Any], skip: Callable[[Any, int, int], Any], rows: Any) -> Any:
-    """The logits, in either library."""
+    """Computes the logits, in flax.nnx or PyTorch."""
     plan = list(convolutions(net.blocks))
 
     def layer(i: int, x: Any) -> Any:
@@ -43,7 +44,7 @@ def forward(net: Any, x: Any, relu: Callable[[Any], Any], skip: Callable[[Any, i
 
 
 class ResNet20(nnx.Module):
-    """In flax.nnx: `norm(features, rngs=...)` builds each normalisation."""
+    """ResNet-20 in flax.nnx; `norm(features, rngs=...)` builds each normalization."""
 
     def __init__(self, norm: Callable[..., nnx.Module], *, dtype: Any = None, blocks: int = 3, rngs: nnx.Rngs):
         self.blocks = blocks
@@ -54,13 +55,13 @@ class ResNet20(nnx.Module):
         self.Dense_0 = nnx.Linear(WIDTHS[-1], CLASSES, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: `[N, H, W, 3]`. Returns the logits, `[N, 10]`."""
+        """Computes logits `[N, 10]` from images `[N, H, W, 3]`."""
         return forward(self, images, nnx.relu, shortcut, (1, 2))
 
 
 def torch_resnet20(params: Any, blocks: int = 3) -> Any:
-    """In PyTorch, channels first, with the parameters of a flax.linen network; in their dtype."""
-    import torch
+    """Builds the network in PyTorch, channels first, with the parameters and the dtype of a flax.linen network."""
+    torch = import_torch()
 
     class Net(torch.nn.Module):
         def forward(self, images: Any) -> Any:
@@ -80,22 +81,21 @@ def torch_resnet20(params: Any, blocks: int = 3) -> Any:
 
 
 def _torch_convolution(before: int, width: int, stride: int) -> Any:
-    """With Flax's padding "SAME", which at stride 2 and an even size pads at the end alone."""
-    import torch
-
+    """Builds a convolution with Flax's "SAME" padding, which at stride 2 and even size pads only at the end."""
+    torch = import_torch()
     conv = partial(torch.nn.Conv2d, before, width, 3, stride, bias=False)
     return conv(padding=1) if stride == 1 else torch.nn.Sequential(torch.nn.ZeroPad2d((0, 1, 0, 1)), conv())
 
 
 def _torch_shortcut(x: Any, width: int, stride: int) -> Any:
-    import torch
-
+    """Applies `shortcut` to a PyTorch tensor, channels first."""
+    torch = import_torch()
     x = x[:, :, ::stride, ::stride]
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, width - x.shape[1]))
 
 
 def _torch_parameter(params: Any, name: str) -> np.ndarray:
-    """Of Flax, in PyTorch's layout, by PyTorch's name, such as Conv_3.weight or Conv_7.1.weight."""
+    """Returns a parameter of Flax in PyTorch's layout, by PyTorch's name such as Conv_3.weight or Conv_7.1.weight."""
     layer, *_, kind = name.split(".")
     found = params[layer]
     if kind == "bias" or "scale" in found:

@@ -1,7 +1,7 @@
-"""One training step of the same network in every library: forward, backward, SGD with momentum, running averages.
+"""Builds one training step of the same network in every library: forward, backward, SGD with momentum, averages.
 
-All begin from the parameters that flax.linen draws. A JAX step is compiled ahead and its variables are donated, as a
-training loop does; PyTorch's is what its users write, without a compiler.
+All start from the parameters that flax.linen draws. A JAX step is compiled ahead of time and its variables are donated,
+as in a training loop; PyTorch runs eagerly, without a compiler.
 """
 
 import json
@@ -13,19 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.clock import peers  # sets the environment of PyTorch's threads
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import bnjax
+from experiments.bench.clock import peers
 from experiments.bench.clock.training import resnet20
-
-import flax.linen as nn  # isort: skip
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import numpy as np  # isort: skip
-import optax  # isort: skip
-from flax import nnx  # isort: skip
-
-import bnjax  # isort: skip
-from experiments.bench.compiled.networks import ResNet50  # isort: skip
-from experiments.models.convolutional import ResNet20  # isort: skip
+from experiments.bench.compiled.networks import ResNet50
+from experiments.models.convolutional import ResNet20
 
 RATE, MOMENTUM = 0.1, 0.9
 TORCH = peers.TORCH_PEERS
@@ -38,14 +37,16 @@ NNX = {"bnjax.nnx": bnjax.nnx.BatchNorm, "flax.nnx": nnx.BatchNorm}
 
 
 class Batch(NamedTuple):
-    """What one step learns from."""
+    """The images and labels of one training step."""
 
     images: np.ndarray  # [N, H, W, 3], float32
     labels: np.ndarray  # [N], int32
 
 
 class Net(NamedTuple):
-    """Parameters and running averages, and the training mode: (params, state, images) -> (logits, new state)."""
+    """A network: parameters, running averages, and its training mode `(params, state, images) -> (logits,
+    new state)`.
+    """
 
     params: Any
     state: Any
@@ -53,7 +54,7 @@ class Net(NamedTuple):
 
 
 def batch_of(size: int, width: int, classes: int) -> Batch:
-    """Noise and random labels: what is timed does not depend on them."""
+    """Draws random images and labels; the time of a step does not depend on their values."""
     rng = np.random.default_rng(0)
     return Batch(rng.standard_normal((size, width, width, 3), np.float32), rng.integers(classes, size=size, dtype="i4"))
 
@@ -62,7 +63,7 @@ def batch_of(size: int, width: int, classes: int) -> Batch:
 
 
 def linen_model(norm: Callable[..., nn.Module], network: str, dtype: Any, **size: int) -> tuple[nn.Module, Any]:
-    """`network`, resnet20 or resnet50, and the options of a call. `size` of ResNet-20: how many blocks a stage has."""
+    """Builds `network`, resnet20 or resnet50, and the options of its call. `size` of ResNet-20: blocks per stage."""
     if network == "resnet20":
         return ResNet20(partial(norm, dtype=dtype), dtype=dtype, **size), dict(train=True)
     return ResNet50(
@@ -71,7 +72,7 @@ def linen_model(norm: Callable[..., nn.Module], network: str, dtype: Any, **size
 
 
 def linen_forward(model: nn.Module, options: Any, dtype: Any) -> peers.Forward:
-    """As `Net.train` says."""
+    """Returns the training mode of a linen model: `(params, state, images) -> (logits, new state)`."""
 
     def train(params: Any, state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state}
@@ -82,7 +83,7 @@ def linen_forward(model: nn.Module, options: Any, dtype: Any) -> peers.Forward:
 
 
 def nnx_net(norm: Callable[..., nnx.Module], variables: Any, dtype: Any, **size: int) -> Net:
-    """ResNet-20 with the variables of flax.linen's."""
+    """Builds ResNet-20 in flax.nnx with the variables of the flax.linen network."""
     build = partial(resnet20.ResNet20, partial(norm, dtype=dtype), dtype=dtype, **size)
     graph, params, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))), nnx.Param, ...)
     nnx.replace_by_pure_dict(params, variables["params"])
@@ -96,7 +97,7 @@ def nnx_net(norm: Callable[..., nnx.Module], variables: Any, dtype: Any, **size:
 
 
 def jax_nets(network: str, images: np.ndarray, dtype: Any, **size: int) -> dict[str, Net]:
-    """By the names of the table; ResNet-50 in flax.linen alone."""
+    """Builds the network in every JAX library, by the names of the table; ResNet-50 in flax.linen only."""
     models = {name: linen_model(norm, network, dtype, **size) for name, norm in LINEN.items()}
     model, options = models["flax.linen"]
     variables = jax.jit(partial(model.init, **options))(jax.random.key(0), images[:1].astype(dtype))
@@ -108,7 +109,9 @@ def jax_nets(network: str, images: np.ndarray, dtype: Any, **size: int) -> dict[
 
 
 def step_of(net: Net) -> Callable[..., Any]:
-    """(params, state, momentum, batch) -> the same three after the step, and the loss before it."""
+    """Returns a step `(params, state, momentum, batch) -> (params, state, momentum, loss)`; the loss is before the
+    step.
+    """
     optimizer = optax.sgd(RATE, momentum=MOMENTUM)
 
     def step(params: Any, state: Any, momentum: Any, batch: Batch) -> Any:
@@ -125,12 +128,12 @@ def step_of(net: Net) -> Callable[..., Any]:
 
 
 def start_of(net: Net) -> tuple[Any, Any, Any]:
-    """Parameters, running averages and momentum that a step may overwrite."""
+    """Returns copies of parameters, running averages and momentum that a step may overwrite."""
     return jax.tree.map(jnp.array, (net.params, net.state, optax.sgd(RATE, momentum=MOMENTUM).init(net.params)))
 
 
 def compiled(net: Net, batch: Batch) -> tuple[Any, float, float]:
-    """The step, and the seconds that tracing with lowering and compiling took; nothing is left of earlier times."""
+    """Compiles the step with empty caches; returns it, the seconds of tracing and lowering, and those of compiling."""
     jax.clear_caches()
     arguments = jax.eval_shape(lambda *a: a, *start_of(net), batch)
     begin = time.perf_counter()
@@ -141,7 +144,7 @@ def compiled(net: Net, batch: Batch) -> tuple[Any, float, float]:
 
 
 def jax_run(net: Net, executable: Any, batch: Batch) -> Callable[[], float]:
-    """Takes a step from where the one before ended; gives its loss."""
+    """Returns a function that takes the next training step and returns its loss."""
     held, batch = list(start_of(net)), jax.tree.map(jnp.asarray, batch)
 
     def run() -> float:
@@ -155,9 +158,8 @@ def jax_run(net: Net, executable: Any, batch: Batch) -> Callable[[], float]:
 
 
 def torch_run(net: Any, name: str, batch: Batch, dtype: Any) -> Callable[[], float]:
-    """The same of a `resnet20.torch_resnet20`; bfloat16 by `autocast`."""
-    import torch
-
+    """Returns a function that takes the next training step of a PyTorch network; bfloat16 runs under `autocast`."""
+    torch = peers.import_torch()
     torch.set_num_threads(os.cpu_count() or 1)
     memory = torch.channels_last if "last" in name else torch.contiguous_format
     net = net.to(memory_format=memory).train()
@@ -179,14 +181,13 @@ def torch_run(net: Any, name: str, batch: Batch, dtype: Any) -> Callable[[], flo
 
 
 def torch_memory(run: Callable[[], float]) -> int:
-    """Bytes of PyTorch's allocator that a step needs at its most, beyond those it began with."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Returns the peak bytes that PyTorch's allocator needs during a step, above those in use before it."""
+    profiler = peers.import_torch().profiler
+    with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
+        profile.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     found = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     return int(np.max(np.cumsum([count for _, count in found])))
