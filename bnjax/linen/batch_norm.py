@@ -270,3 +270,7 @@ class BatchNorm(Normalization, nn.Module):
     def _described(self) -> str:
         """Returns the class and path of the layer, for an error."""
         return f"{type(self).__name__} at {'/'.join(self.path) or 'the top level'}"
+
+    # __call__ above computes what the protocol says of batch normalization.
+    averaged_moments = nn.nowrap(Normalization.averaged_moments)
+    evaluation_affine = nn.nowrap(Normalization.evaluation_affine)

@@ -279,6 +279,10 @@ class BatchNorm(Normalization, nnx.Module):
             unbiased_var=self.unbiased_var,
         )
 
+    # __call__ above computes what the protocol says of batch normalization.
+    averaged_moments = Normalization.averaged_moments
+    evaluation_affine = Normalization.evaluation_affine
+
 
 _WHICH_STATISTICS = (
     "use_running_average must be given to the constructor or at the call, or set by .train() and .eval(): it says "

@@ -1,6 +1,6 @@
 """Adaptation at test time, and teachers that follow a student."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,66 +9,94 @@ import optax  # type: ignore[import-untyped, unused-ignore]
 
 from bnjax.tools import _trees
 from bnjax.tools._decay_mask import affine_labels
+from bnjax.tools._moments import gathered
+from bnjax.tools._passes import Passes
 from bnjax.tools._sound import check_variances
 from bnjax.tools._trees import show
 
 
-def adapt_statistics(variables: Any, moments: Mapping[str, Any], *, prior: float, samples: float) -> Any:
+def adapt_statistics(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    x: Any,
+    *,
+    prior: float,
+    samples: float | None = None,
+    layers: Sequence[str] | None = None,
+) -> Any:
     r"""Mixes the statistics of training with those of the data met now; the old ones weigh as `prior` samples.
 
     .. math::
         \mathrm{mean} = \frac{N \mu_s + n \mu_t}{N + n}, \qquad
         \mathrm{var} = \frac{N \sigma^2_s + n \sigma^2_t}{N + n}
 
-    The source s is the training data, the target t what `moments` is about: often a few images of a shifted
-    distribution (blur, noise, another camera). The variances are averaged as they are, without the distance of the
-    means: what is wanted is the statistics of one of the two distributions, not of both together.
+    The source s is the training data, the target t what `x` holds: often a few images of a shifted distribution (blur,
+    noise, another camera). The model runs once, and each layer normalises by its mixed statistics, so that the layers
+    behind it meet the input that they will meet in evaluation. The variances are averaged as they are, without the
+    distance of the means: what is wanted is the statistics of one of the two distributions, not of both together.
+
+    It may run inside `jit` and `vmap`; outside, one program is compiled for each function and shape.
 
     Args:
-      variables: a tree with statistics of any shapes.
-      moments: of the target, as :func:`collect_moments` gives them with `use_running_average=False`, or a training call
-        of linen layers in the collection `moments`.
+      apply_fn: as in :func:`recalibrate`: for linen `apply_fn(variables, x)` returning `(output, updates)`, such as
+        `functools.partial(model.apply, train=False, mutable=["batch_stats"])`; for an nnx module `apply_fn(module, x)`.
+      variables: linen variables, or an nnx module.
+      x: what `apply_fn` takes: all the target data that counts, as one batch.
       prior: N, the samples that the statistics of training are worth: 0 uses the target alone, and with N far above
         n nothing changes. Choose it on data that was not trained on.
-      samples: n, the samples (images, not positions) behind `moments`.
+      samples: n, the samples (images, not positions) in `x`; by default the size of its first axis.
+      layers: patterns of the layers to adapt; all by default. The others normalise by the statistics that they have.
 
     Returns:
-      The tree with mixed statistics. A channel that no row counted in keeps its own.
+      The variables (for an nnx module a new module) with mixed statistics. A channel in which no row counted, or not
+      all were finite, keeps its own, and so does a layer whose statistics are constants (FrozenBatchNorm).
 
     Raises:
-      ValueError: no statistics in the tree; layers or shapes of `moments` that do not fit; prior or samples negative,
-        or both zero.
+      ValueError: no statistics in the tree, or broken ones; a layer that does not run or whose class does not say what
+        it computes; prior or samples negative, or both zero, or samples unknown.
 
     Examples:
-      >>> import jax.numpy as jnp, bnjax
+      >>> import functools, jax, jax.numpy as jnp, bnjax
       >>> from bnjax import tools
-      >>> variables = {"batch_stats": {"bn": {"mean": jnp.array([0.0]), "var": jnp.array([1.0])}}}
-      >>> moments = {"bn": bnjax.Moments(jnp.array([4.0]), jnp.array([2.0]), jnp.array([64.0]))}
-      >>> tools.adapt_statistics(variables, moments, prior=3, samples=1)["batch_stats"]
-      {'bn': {'mean': Array([1.], dtype=float32), 'var': Array([1.25], dtype=float32)}}
+      >>> norm, x = bnjax.linen.BatchNorm(use_running_average=True), jnp.array([[2.0], [6.0]])
+      >>> variables = norm.init(jax.random.key(0), x)
+      >>> apply_fn = functools.partial(norm.apply, mutable=["batch_stats"])
+      >>> tools.adapt_statistics(apply_fn, variables, x, prior=6)["batch_stats"]
+      {'mean': Array([1.], dtype=float32), 'var': Array([1.75], dtype=float32)}
 
     References:
       Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation",
       https://arxiv.org/abs/2006.16971, section 3.
     """
+    samples = _samples_in(x) if samples is None else samples
     if not (prior >= 0 and samples >= 0 and prior + samples > 0):
         raise ValueError(f"prior and samples must not be negative, nor both zero; got {prior} and {samples}.")
-    tree = check_variances(_trees.flatten_with_layers(variables))
-    layers = {show(layer): layer for layer in tree.layers}
-    target = _trees.by_layer(moments)
-    if set(layers) != set(target):
-        raise ValueError(f"moments must be those of the layers {sorted(layers)}; got those of {sorted(target)}.")
-    share = samples / (prior + samples)
+    passes = Passes(apply_fn, variables, layers, progress=False)
+    check_variances(passes.tree)
+    share = prior / (prior + samples)
+    mixed = {}
+    for layer, stats in passes.step(dict.fromkeys(passes.chosen, share), x).items():
+        old = passes.tree.stats(layer)
+        met = gathered(stats, is_complex=jnp.iscomplexobj(old["mean"]))
+        m = met.moments
+        good = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var) & (met.constant == 0)
+        mixed[layer] = {
+            # not old + (1 − share)·(new − old): that is not exact at share = 0
+            role: jnp.where(good, share * old[role] + (1 - share) * new, old[role])
+            for role, new in (("mean", m.mean), ("var", m.var))
+        }
+    return passes.replaced(mixed)
 
-    def mixed(name: str, role: str) -> jax.Array:
-        source, m = tree.stats(layers[name])[role], target[name]
-        if jnp.shape(m.mean) != source.shape:
-            raise ValueError(f"moments of {name} have shape {jnp.shape(m.mean)}, its statistics {source.shape}.")
-        met = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
-        # not source + share·(target − source): that is not exact at share = 1
-        return jnp.where(met, (1 - share) * source + share * getattr(m, role), source)
 
-    return tree.replace({layers[name]: {role: mixed(name, role) for role in ("mean", "var")} for name in target})
+def _samples_in(x: Any) -> int:
+    """Returns the size of the first axis of all arrays in a batch."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            "samples must say how many samples are in x, whose arrays have "
+            f"{'first axes of different size' if sizes else 'no axis'}: pass samples=..."
+        )
+    return int(sizes.pop()[0])
 
 
 def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
@@ -162,7 +190,8 @@ def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -
       momentum: the weight of the OLD value, in [0, 1]; may be traced.
 
     Returns:
-      The new variables of the teacher, in their dtypes. Integers are the student's.
+      The new variables of the teacher, in their dtypes. Integers, and the counters `steps` and `skipped` of the layers,
+      are the student's.
 
     Raises:
       ValueError: no statistics in the tree, another structure or other shapes, or a momentum outside [0, 1].
@@ -188,10 +217,12 @@ def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -
         differing = sorted(show(n) for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
         raise ValueError(f"teacher and student must have the same leaves; they differ in {differing}.")
 
-    def step(a: jax.Array, b: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
+    counters = {at for roles in old.layers.values() for role, at in roles.items() if role in ("steps", "skipped")}
+
+    def step(i: int, a: jax.Array, b: jax.Array) -> jax.Array:
+        if i in counters or not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
             return b
         wide = jnp.promote_types(jnp.result_type(a), jnp.float32)  # in bfloat16 a step of 1 − m is lost
         return (momentum * jnp.asarray(a, wide) + (1 - momentum) * jnp.asarray(b, wide)).astype(jnp.result_type(a))
 
-    return old.build([step(a, b) for a, b in zip(old.leaves, new.leaves, strict=True)])
+    return old.build([step(i, *pair) for i, pair in enumerate(zip(old.leaves, new.leaves, strict=True))])

@@ -3,12 +3,13 @@
 A handler is given a `Call` (the layer, its path, its input) and returns the output, usually through `call.run`. For
 linen, Flax's own interception hands the calls over. nnx has none: there the layers of a private copy of the model
 change their class to a subclass that hands its calls over. Layers inside scan, vmap, remat and shard_map are met where
-they are traced, with the statistics of that place.
+they are traced, with the statistics of that place. A linen model in an nnx one (`nnx.bridge.ToNNX`) is met too.
 """
 
+import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -17,15 +18,14 @@ import jax
 from flax import nnx
 
 from bnjax.functional import RunningStats
-from bnjax.tools._trees import Path, flatten_with_layers
+from bnjax.tools._described import described as described
+from bnjax.tools._described import is_linear as is_linear
+from bnjax.tools._described import is_norm as is_norm
+from bnjax.tools._described import own_class as own_class
+from bnjax.tools._described import unsaid as unsaid
+from bnjax.tools._trees import Path, flatten_with_layers, show
 
 Handler = Callable[["Call"], jax.Array]
-
-_LINEAR = (nn.Conv, nn.ConvTranspose, nn.Dense, nnx.Conv, nnx.ConvTranspose, nnx.Linear)
-
-# What was traced under a handler must not be found in jit's cache by calls without it, nor the other way round.
-_traced_under = jax.make_user_context(None)
-_nnx_handler: ContextVar[Handler | None] = ContextVar("handler of nnx layers", default=None)
 
 
 class Call(NamedTuple):
@@ -34,41 +34,49 @@ class Call(NamedTuple):
     module: Any  # a linen or an nnx module
     path: Path
     x: jax.Array
+    rest: tuple[Any, ...]  # further positional arguments, which have no names
     options: dict[str, Any]  # the other arguments, by name
     method: Callable[..., jax.Array]  # the layer's own __call__
 
     def run(self, x: jax.Array) -> jax.Array:
-        """The layer's own output for x."""
-        return self.method(x, **self.options)
+        """Returns the layer's own output for x."""
+        return self.method(x, *self.rest, **self.options)
 
     def run_on_running_average(self, x: jax.Array) -> jax.Array:
-        """A normalization's output for x by its running averages, whatever the model asked for."""
-        if isinstance(self.module, nnx.Module):
-            return self.method(x, **{**self.options, "use_running_average": True})
-        # linen refuses the argument where the field is set, so the field is set for the time of the call
+        """Returns a normalization's output for x by its running averages, whatever the model asked for."""
+        asks = "use_running_average" in _argument_names(own_class(self.module))
         options = {name: value for name, value in self.options.items() if name != "use_running_average"}
+        if not hasattr(self.module, "use_running_average"):
+            if not asks:
+                raise ValueError(
+                    f"{show(self.path)} cannot be told to use its running averages: give the __call__ of "
+                    f"{own_class(self.module).__name__} an argument use_running_average."
+                )
+            return self.method(x, *self.rest, **options, use_running_average=True)
+        if asks and isinstance(self.module, nnx.Module):
+            return self.method(x, *self.rest, **options, use_running_average=True)
+        # linen refuses the argument where the field is set, so the field is set for the time of the call
         field = self.module.use_running_average
         object.__setattr__(self.module, "use_running_average", True)
         try:
-            return self.method(x, **options)
+            return self.method(x, *self.rest, **options)
         finally:
             object.__setattr__(self.module, "use_running_average", field)
 
     def stats(self) -> RunningStats:
-        """The mean and variance that the layer holds now."""
+        """Returns the mean and variance that the layer holds now."""
         return RunningStats(*map(self._read, ("mean", "var")))
 
     def store(self, stats: RunningStats) -> None:
-        """Gives the layer another mean and variance, in the shapes and dtypes it has."""
-        if not (isinstance(self.module, nnx.Module) or self.module.is_mutable_collection("batch_stats")):
+        """Gives the layer another mean and variance, of any shape and dtype."""
+        nnx_module = isinstance(self.module, nnx.Module)
+        if not (nnx_module or self.module.is_mutable_collection("batch_stats")):
             raise ValueError(
                 "apply_fn must let the statistics change: functools.partial(model.apply, mutable=['batch_stats'])."
             )
         for name, new in (("mean", stats.mean), ("var", stats.var)):
-            old = self._read(name)
-            new = new.astype(old.dtype).reshape(old.shape)
-            if isinstance(self.module, nnx.Module):
-                getattr(self.module, name)[...] = new
+            if nnx_module:
+                getattr(self.module, name).set_value(new)
             else:
                 self.module.put_variable("batch_stats", name, new)
 
@@ -78,63 +86,125 @@ class Call(NamedTuple):
         return self.module.get_variable("batch_stats", name)
 
 
-def is_norm(module: Any) -> bool:
-    """Whether a module is a batch normalization: Flax's, one of the drop-ins for it, or a subclass of either."""
-    return any(c.__name__ == "BatchNorm" for c in type(module).__mro__) and hasattr(module, "use_running_average")
+def call_of(module: Any, path: Path, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Call:
+    """Returns the call of a layer with these arguments, the first of which is its input."""
+    names, options = _argument_names(own_class(module)), dict(kwargs)
+    if not names:  # __call__(self, *args): only the first is known
+        return Call(module, path, args[0] if args else options.pop("x"), args[1:], options, method)
+    options |= zip(names, args, strict=False)
+    return Call(module, path, options.pop(names[0]), (), options, method)
 
 
-def is_linear(module: Any) -> bool:
-    """Whether a module is a convolution or a dense layer."""
-    return type(module) in _LINEAR  # a subclass may do more to its kernel than multiply by it
+@cache
+def _argument_names(cls: type) -> tuple[str, ...]:
+    """Returns the names of the positional arguments of a layer; none where it takes any number of them."""
+    parameters = list(inspect.signature(cls.__call__).parameters.values())[1:]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+class _Active(threading.local):
+    """The handlers in force in this thread, each with its key; the last one meets a call first."""
+
+    handlers: tuple[tuple[Handler, Hashable], ...] = ()
+    prefix: Path = ()  # of the nnx module around a linen model
+    interception = ExitStack()
+    cache_key = ExitStack()
+
+
+_active = _Active()
+# What was traced under a handler must not be found in jit's cache by calls without it, nor the other way round.
+_traced_under = jax.make_user_context(None)
 
 
 @contextmanager
 def handling(handler: Handler, key: Hashable = None) -> Iterator[None]:
-    """Within it, `handler` runs in place of the calls of normalization, convolution and dense layers.
+    """Runs `handler` in place of the calls of normalization, convolution and dense layers, while the context is open.
 
-    `key` stands for the handler in the cache of `jit`: equal keys, equal handlers. By default no other is equal.
+    Contexts may be left in another order than they were entered in.
+
+    Args:
+      handler: receives a `Call` and returns the output of the layer.
+      key: stands for the handler in the cache of `jit`: equal keys, equal handlers. By default no other is equal.
     """
-
-    def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or not (is_norm(module) or is_linear(module)):
-            return method(*args, **kwargs)
-        return handler(_call(module, tuple(module.path), method, *args, **kwargs))
-
-    token = _nnx_handler.set(handler)
+    entry = (handler, object() if key is None else key)
+    _set_handlers((*_active.handlers, entry))
     try:
-        with nn.intercept_methods(intercept), _traced_under(object() if key is None else key):
-            yield
+        yield
     finally:
-        _nnx_handler.reset(token)
+        _set_handlers(tuple(e for e in _active.handlers if e is not entry))
 
 
-def _call(module: Any, path: Path, method: Any, *args: Any, **kwargs: Any) -> Call:
-    options = dict(kwargs)
-    x = args[0] if args else options.pop("x" if "x" in options else "inputs")
-    if len(args) > 1:  # the only second positional argument among these layers
-        options["use_running_average"] = args[1]
-    return Call(module, path, x, options, method)
+def _set_handlers(handlers: tuple[tuple[Handler, Hashable], ...]) -> None:
+    if handlers and not _active.handlers:
+        _active.interception = ExitStack()
+        _active.interception.enter_context(nn.intercept_methods(_intercept))
+    _active.cache_key.close()
+    _active.cache_key = ExitStack()
+    if handlers:
+        _active.cache_key.enter_context(_traced_under(tuple(key for _, key in handlers)))
+    elif _active.handlers:
+        _active.interception.close()
+    _active.handlers = handlers
+
+
+@contextmanager
+def no_handling() -> Iterator[None]:
+    """Hands no call over while the context is open: for what a handler itself calls in place of a layer."""
+    handlers, _active.handlers = _active.handlers, ()
+    try:
+        yield
+    finally:
+        _active.handlers = handlers
+
+
+def _intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    if context.method_name != "__call__" or not _active.handlers or not (is_norm(module) or is_linear(module)):
+        return method(*args, **kwargs)
+    return _hand_over(module, (*_active.prefix, *module.path), method, args, kwargs)
+
+
+def _hand_over(module: Any, path: Path, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    for handler, _ in _active.handlers:
+        method = partial(_handle, handler, module, path, method)
+    return method(*args, **kwargs)
+
+
+def _handle(handler: Handler, module: Any, path: Path, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return handler(call_of(module, path, method, args, kwargs))
 
 
 def spied(model: nnx.Module) -> nnx.Module:
-    """`model`, a private copy, whose layers hand their calls to the handler that is in force."""
+    """Makes the layers of `model`, a private copy, hand their calls to the handlers in force; returns the model."""
     for path, module in nnx.iter_modules(model):
-        if is_norm(module) or is_linear(module):
-            module.__class__ = _spy_class(type(module))
-            module.spy_path = tuple(map(str, path))  # type: ignore[attr-defined]
+        if isinstance(module, nnx.bridge.ToNNX) or is_norm(module) or is_linear(module):
+            module.__class__ = _spy_class(type(module), tuple(map(str, path)))
     return model
 
 
 @cache
-def _spy_class(cls: type) -> type:
+def _spy_class(cls: type, path: Path) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        handler, method = _nnx_handler.get(), partial(cls.__call__, self)
-        if handler is None:
-            return method(*args, **kwargs)
-        return handler(_call(self, self.spy_path, method, *args, **kwargs))
+        if not _active.handlers:
+            return cls.__call__(self, *args, **kwargs)
+        if issubclass(cls, nnx.bridge.ToNNX):
+            with _inside(path):
+                return cls.__call__(self, *args, **{"mutable": ["batch_stats"], **kwargs})
+        return _hand_over(self, path, partial(cls.__call__, self), args, kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "is_spy": True})
+
+
+@contextmanager
+def _inside(path: Path) -> Iterator[None]:
+    """Puts the path of an nnx module before those of the linen layers in it."""
+    prefix, _active.prefix = _active.prefix, path
+    try:
+        yield
+    finally:
+        _active.prefix = prefix
 
 
 class Program(NamedTuple):
@@ -145,7 +215,7 @@ class Program(NamedTuple):
 
 
 def program(apply_fn: Callable[..., Any], variables: Any) -> Program:
-    """`apply_fn` over the variables, for linen and for an nnx module.
+    """Returns `apply_fn` over the variables, for linen and for an nnx module.
 
     linen: `apply_fn(variables, batch)` returns `(output, updates)`, as `Module.apply(..., mutable=[...])` does.
     nnx: `variables` is the module and `apply_fn(module, batch)` calls it.
@@ -154,10 +224,11 @@ def program(apply_fn: Callable[..., Any], variables: Any) -> Program:
     if not isinstance(variables, nnx.Module):
         return Program(apply_fn, variables)
     graph, state = nnx.split(variables)
+    return Program(partial(run_module, apply_fn, graph), state)
 
-    def run(state: Any, batch: Any) -> tuple[Any, Any]:
-        model = spied(nnx.merge(graph, state))
-        output = apply_fn(model, batch)
-        return output, nnx.state(model)
 
-    return Program(run, state)
+def run_module(apply_fn: Callable[..., Any], graph: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Calls `apply_fn` with a copy of an nnx module whose layers hand their calls over; returns its variables too."""
+    model = spied(nnx.merge(graph, state))
+    output = apply_fn(model, batch)
+    return output, nnx.state(model)

@@ -1,22 +1,12 @@
 """Population statistics instead of running averages: precise batch normalization, and the moments behind it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from bnjax.functional import Moments, merge_moments
-from bnjax.tools import _trees
-from bnjax.tools._layers import Program, program
-from bnjax.tools._moments import Settled, layer_moments
+from bnjax.functional import Moments
+from bnjax.tools._passes import Passes, in_jax
+from bnjax.tools._progress import Progress
 from bnjax.tools._trees import Path, show
-
-Progress = Callable[[int], None] | bool
-Totals = dict[Path, Moments]
-
-_EMPTY = "batches is empty: there is nothing to take statistics of."
 
 
 def recalibrate(
@@ -92,17 +82,19 @@ def recalibrate(
       Izmailov et al. 2018 (SWA), https://arxiv.org/abs/1803.05407, section 3.2. Brock et al. 2019 (BigGAN, standing
       statistics), https://arxiv.org/abs/1809.11096, section 4.1.
     """
-    model = program(apply_fn, variables)
-    passes = _Passes(model, batches, layers, progress)
+    passes = Passes(apply_fn, variables, layers, progress)
     if not layerwise:
-        return _with_stats(variables, passes.changing(passes.totals(model.state, {})))
+        passes.update(passes.run(batches, {}, "recalibrate"))
+        return passes.result()
     if isinstance(batches, Iterator):
         raise ValueError("layerwise goes through the batches once for each layer: pass a sequence, not an iterator.")
-    state, settled = model.state, dict.fromkeys(passes.changing(passes.order()), False)
-    for layer in settled:
-        state = _with_stats(state, {layer: passes.totals(state, settled)[layer]})
-        settled[layer] = True
-    return _trees.flatten(variables).replace({layer: _trees.flatten(state).stats(layer) for layer in settled})
+    weights: dict[Path, float] = {}
+    order = passes.order(batches)
+    for number, layer in enumerate(order, start=1):
+        label = f"{show(layer)} ({number} of {len(order)})"
+        passes.update({layer: passes.run(batches, weights, label)[layer]})
+        weights[layer] = 1.0
+    return passes.result()
 
 
 def collect_moments(
@@ -143,95 +135,10 @@ def collect_moments(
       >>> moments["(the root)"].mean, moments["(the root)"].count
       (Array([2.], dtype=float32), Array([3.], dtype=float32))
     """
-    model = program(apply_fn, variables)
-    settled = dict.fromkeys(_trees.flatten(model.state).layers, use_running_average)
-    totals = _Passes(model, batches, layers, progress).totals(model.state, settled)
-    return {show(layer): moments for layer, moments in totals.items()}
-
-
-class _Passes:
-    """Passes of one jitted program over the batches."""
-
-    def __init__(self, model: Program, batches: Iterable[Any], layers: Sequence[str] | None, progress: Progress):
-        self.batches, self.progress = batches, progress
-        self.tree = _trees.flatten_with_layers(model.state)
-        self.chosen = _trees.select(self.tree.layers, layers)
-        self._ran: list[Path] = []
-        self._constant: frozenset[Path] = frozenset()
-        self._step = jax.jit(partial(self._add, model))
-
-    def totals(self, state: Any, settled: Settled) -> Totals:
-        """The moments of all the batches; `settled` layers normalise by their running averages."""
-        settled = {layer: jnp.asarray(settled.get(layer, layer not in self.chosen)) for layer in self.tree.layers}
-        start = totals = self._start()
-        for batch in shown(self.batches, self.progress):
-            totals = self._step(state, settled, totals, batch)
-        if totals is start:
-            raise ValueError(_EMPTY)
-        return totals
-
-    def changing(self, layers: dict[Path, Any]) -> dict[Path, Any]:
-        """Without those whose statistics stay; known once the program was traced."""
-        changing = {layer: value for layer, value in layers.items() if layer not in self._constant}
-        if not changing:
-            raise ValueError(
-                f"{[show(layer) for layer in layers]} are of FrozenBatchNorm, whose statistics are constants: there is "
-                "nothing to recalibrate. With BatchNorm in its place there is: the variables are the same."
-            )
-        return changing
-
-    def order(self) -> dict[Path, None]:
-        """The chosen layers in the order in which they run."""
-        for batch in self.batches:
-            settled = dict.fromkeys(self.tree.layers, jnp.asarray(False))
-            self._step.eval_shape(self.tree.build(self.tree.leaves), settled, self._start(), batch)
-            return dict.fromkeys(layer for layer in self._ran if layer in self.chosen)
-        raise ValueError(_EMPTY)
-
-    def _start(self) -> Totals:
-        return {layer: _nothing(self.tree.stats(layer)["mean"]) for layer in self.chosen}
-
-    def _add(self, model: Program, state: Any, settled: Settled, totals: Totals, batch: Any) -> Totals:
-        found, self._constant = layer_moments(model, state, batch, settled)
-        self._ran = list(found)
-        missing = [show(layer) for layer in self.chosen if layer not in found]
-        if missing:
-            raise ValueError(
-                f"apply_fn ran no Flax or bnjax BatchNorm for the statistics of {missing}. Name the layers that run in "
-                "layers=[...]; statistics of modules of other classes cannot be recalibrated."
-            )
-        return {layer: merge_moments(totals[layer], found[layer]) for layer in self.chosen}
-
-
-def _nothing(like: jax.Array) -> Moments:
-    zero = jnp.zeros(like.shape, jnp.promote_types(like.dtype, jnp.float32))
-    return Moments(zero, zero.real, zero.real)  # the mean of complex inputs is complex, and nothing else
-
-
-def _with_stats(variables: Any, totals: Totals) -> Any:
-    empty = [show(layer) for layer, m in totals.items() if not bool(jnp.all(m.count > 0))]
-    if empty:
-        raise ValueError(
-            f"no batch gave finite moments to some channels of {empty}: the activations there are NaN or infinite, or "
-            "every position is masked. Check the weights before the first of these layers."
-        )
-    return _trees.flatten(variables).replace({layer: {"mean": m.mean, "var": m.var} for layer, m in totals.items()})
-
-
-def shown(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
-    """The batches, with a bar on the first process, or a call of `progress` after each."""
-    if callable(progress):
-        for done, batch in enumerate(batches, start=1):
-            yield batch
-            progress(done)
-        return
-    bar = _bar() if progress and jax.process_index() == 0 else None
-    yield from batches if bar is None else bar(batches, desc="batches", disable=None)
-
-
-def _bar() -> Any:
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:  # a bar is a comfort: nothing depends on it
-        return None
-    return tqdm
+    passes = Passes(apply_fn, variables, layers, progress)
+    weights = dict.fromkeys(passes.chosen, float(use_running_average))
+    totals = passes.run(batches, weights, "collect_moments", others_train=not use_running_average)
+    return {
+        show(layer): Moments(*(in_jax(v, total.dtype) for v in (total.mean, total.var, total.count)))
+        for layer, total in totals.items()
+    }
