@@ -12,7 +12,7 @@ from bnjax.tools._fold._channels import Channels, channels_at
 from bnjax.tools._fold._flow import RESULT, Flow, Op, flow_of
 from bnjax.tools._fold._names import name_of
 from bnjax.tools._fold._sweep import End, sweep
-from bnjax.tools._layers import Call
+from bnjax.tools._layers import Call, no_handling, own_class
 
 _PRODUCTS = ("conv_general_dilated", "dot_general")
 _PADS = "pads with zeros, which are not shifted"
@@ -69,13 +69,14 @@ def _traced(call: Call) -> tuple[Any, list[tuple[str, ...]]]:
     module: Any = call.module
     if isinstance(module, nnx.Module):
         graph, variables = nnx.split(module)
-        own: Any = getattr(call.method, "func")  # noqa: B009 - the method of the class, without its module
-        run = lambda variables, x: own(nnx.merge(graph, variables), x, **call.options)  # noqa: E731
+        method: Any = own_class(module).__call__
+        run = lambda variables, x: method(nnx.merge(graph, variables), x, *call.rest, **call.options)  # noqa: E731
     else:
         alone, variables = module.clone(parent=None, name=None), module.variables
-        run = lambda variables, x: alone.apply(variables, x, **call.options)  # noqa: E731
+        run = lambda variables, x: alone.apply(variables, x, *call.rest, **call.options)  # noqa: E731
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (variables, call.x))
-    return jax.make_jaxpr(run)(*shapes), _trees.flatten(shapes[0]).names
+    with no_handling():
+        return jax.make_jaxpr(run)(*shapes), _trees.flatten(shapes[0]).names
 
 
 class _Product(NamedTuple):
