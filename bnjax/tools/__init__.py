@@ -7,12 +7,12 @@ from bnjax.tools._adapt import tent as tent
 from bnjax.tools._apply_moments import apply_moments as apply_moments
 from bnjax.tools._decay_mask import affine_labels as affine_labels
 from bnjax.tools._decay_mask import decay_mask as decay_mask
-from bnjax.tools._fold import Folded as Folded
-from bnjax.tools._fold import fold as fold
-from bnjax.tools._fold_pairs import Pair as Pair
+from bnjax.tools._fold._fold import Folded as Folded
+from bnjax.tools._fold._fold import fold as fold
+from bnjax.tools._fold._pairs import Pair as Pair
 from bnjax.tools._frozen_norms import frozen_norms as frozen_norms
-from bnjax.tools._inspect import Inspection as Inspection
-from bnjax.tools._inspect import inspect as inspect
+from bnjax.tools._inspect._inspect import Inspection as Inspection
+from bnjax.tools._inspect._inspect import inspect as inspect
 from bnjax.tools._recalibrate import collect_moments as collect_moments
 from bnjax.tools._recalibrate import recalibrate as recalibrate
 from bnjax.tools._statistics import copy_stats as copy_stats

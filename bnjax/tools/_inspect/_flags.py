@@ -26,7 +26,7 @@ def flags_of(row: Mapping[str, Any]) -> list[str]:
             "mean is 0 and var is 1 everywhere: the statistics were never updated; train with "
             "use_running_average=False and keep the updated batch_stats, or recalibrate()."
         ]
-    checks = (_constant, _dead, _skipped, _rows, _drift, _replicas, _scales)
+    checks = (_constant, _dead, _skipped, _one_row, _rows, _drift, _replicas, _scales)
     return [flag for check in checks if (flag := check(row))]
 
 
@@ -34,7 +34,7 @@ def _constant(row: Mapping[str, Any]) -> str:
     if not row["constant"]:
         return ""
     return (
-        f"{row['constant']} of {row['channels']} channels are constant (variance below epsilon): their input is dead; "
+        f"{row['constant']} of {row['channels']} channels are constant (their input does not vary): it is dead; "
         "look at the layer before."
     )
 
@@ -57,8 +57,18 @@ def _skipped(row: Mapping[str, Any]) -> str:
     if not row["skipped"]:
         return ""
     return (
-        f"{row['skipped']} batches held NaN or Inf in some channel and left its running statistics alone: look at the "
-        "data, the learning rate or the loss scale; reset_stats() starts the count again."
+        f"{row['skipped']} batches held NaN or Inf in some channel and left its running statistics alone, or had one "
+        "row for it and left its variance alone: look at the data, the learning rate, the loss scale and the number of "
+        "rows; reset_stats() starts the count again."
+    )
+
+
+def _one_row(row: Mapping[str, Any]) -> str:
+    if not row["var_untouched"]:
+        return ""
+    return (
+        "the mean was updated and the variance is still 1 everywhere: no batch had two rows per channel; use larger "
+        "batches, pool over devices with axis_name, or recalibrate()."
     )
 
 

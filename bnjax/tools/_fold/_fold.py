@@ -4,18 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bnjax.tools import _trees
-from bnjax.tools._fold_pairs import Match, Pair, find_pairs
-from bnjax.tools._fold_rules import fold_pair, put_row, take_row
-from bnjax.tools._fold_strip import strip, strip_module, stripped_apply
+from bnjax.tools._fold._compare import difference, rounding
+from bnjax.tools._fold._pairs import Match, Pair, find_pairs
+from bnjax.tools._fold._sites import find_sites
+from bnjax.tools._fold._strip import strip, strip_module, stripped_apply
+from bnjax.tools._fold._variables import fold_all, layers_of, unfit
 from bnjax.tools._layers import Program, program
 from bnjax.tools._sound import check_variances
-from bnjax.tools._trees import Path, Tree, show
-
-Layers = dict[Path, dict[str, jax.Array]]  # the variables of each layer that takes part
+from bnjax.tools._trees import show
 
 
 class Folded(NamedTuple):
@@ -100,92 +99,75 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
       Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
       https://arxiv.org/abs/1712.05877, section 3.2.
     """
-    model = program(apply_fn, variables)
     tree = check_variances(_trees.flatten_with_layers(variables))
-    matches, left = find_pairs(_outputs(model, variables), x)
     chosen = _trees.select(tree.layers, layers)
-    matches, shared = _foldable(tree, [m for m in matches if m.norm.path in chosen], variables)
-    folded_paths = [m.norm.path for m in matches]
-    why = {**left, **shared}
-    left = {path: why.get(path, "it does not run") for path in chosen if path not in folded_paths}
-    kept, bare = (_fold_all(tree, matches, keep=keep) for keep in (True, False))
-    folded = tree.build(_with(tree, kept))
+    matches, why = find_pairs(find_sites(_outputs(apply_fn, variables), variables, x), tree.names)
+    matches = [m for m in matches if m.norm.path in chosen]
+    held = layers_of(tree, matches)
+    why |= {m.norm.path: reason for m in matches if (reason := unfit(m, held))}
+    matches = [m for m in matches if m.norm.path not in why]
+    kept, bare = fold_all(layers_of(tree, matches), matches)
+    folded = tree.build(
+        [_new(leaf, kept.get(name[:-1], {}).get(name[-1])) for name, leaf in zip(tree.names, tree.leaves, strict=True)]
+    )
     if isinstance(variables, nnx.Module):
         stripped, run = strip_module(folded, matches, bare), apply_fn
     else:
         stripped, run = strip(variables, matches, bare), stripped_apply(apply_fn, matches)
+    taken = {m.norm.path for m in matches}
     return Folded(
         variables=folded,
         stripped=stripped,
         apply_fn=run,
         pairs=tuple(Pair(show(m.norm.path), show(m.layer.path), m.side) for m in matches),
-        left={show(path): reason for path, reason in left.items()},
-        difference=_difference(apply_fn(variables, x), run(stripped, x)),
+        left={show(path): why.get(path, "it does not run") for path in chosen if path not in taken},
+        difference=_difference(apply_fn, variables, folded, run, stripped, matches, x) if matches else 0.0,
     )
 
 
-def _outputs(model: Program, variables: Any) -> Program:
+def _outputs(apply_fn: Callable[..., Any], variables: Any) -> Program:
     """The program without the variables that it returns for an nnx module: only the output is a use."""
+    model = program(apply_fn, variables)
     if not isinstance(variables, nnx.Module):
         return model
     return model._replace(run=lambda state, x: model.run(state, x)[0])
 
 
-def _foldable(tree: Tree, matches: list[Match], variables: Any) -> tuple[list[Match], dict[Path, str]]:
-    """The pairs whose variables are all there, of shapes that go together, and the layer's own."""
-    shared = _shared_layers(variables)
-    good, left = [], {}
-    for match in matches:
-        layer, norm = _leaves(tree, match.layer.path), take_row(match.norm, _leaves(tree, match.norm.path))
-        if "kernel" not in layer or match.layer.path in shared or match.norm.path in shared:
-            left[match.norm.path] = f"its variables, or those of {show(match.layer.path)}, are shared"
-        elif layer["kernel"].ndim - match.layer.rank != norm["mean"].ndim - 1:
-            left[match.norm.path] = f"{show(match.layer.path)} is not stacked by vmap or scan as it is"
-        else:
-            good.append(match)
-    return good, left
+def _new(leaf: Any, value: Any) -> Any:
+    """The new value of a leaf in the dtype that it had, if there is one."""
+    return leaf if value is None else value.astype(leaf.dtype)
 
 
-def _shared_layers(variables: Any) -> set[Path]:
-    """The modules of an nnx model that share a variable with another one."""
-    owners: dict[int, set[Path]] = {}
-    if isinstance(variables, nnx.Module):
-        for path, module in nnx.iter_modules(variables):
-            for value in vars(module).values():
-                if isinstance(value, nnx.Variable):
-                    owners.setdefault(id(value), set()).add(tuple(map(str, path)))
-    return {path for paths in owners.values() if len(paths) > 1 for path in paths}
+def _difference(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    folded: Any,
+    stripped_fn: Callable[..., Any],
+    stripped: Any,
+    matches: list[Match],
+    x: Any,
+) -> float:
+    """The difference of `stripped` on the sample; raises ValueError if rounding does not explain that of either."""
+    with jax.default_matmul_precision("highest"):
+        run = _jitted(apply_fn, variables)
+        y = run(variables, x)
+        found = difference(y, _jitted(stripped_fn, stripped)(stripped, x))
+        limit = rounding(run, _trees.flatten(variables), matches, x, y)
+        furthest = max(found, difference(y, run(folded, x)))
+    if not furthest <= limit:
+        pairs = [f"{show(m.norm.path)} into {show(m.layer.path)}" for m in matches]
+        raise ValueError(
+            "the folded network must compute what the model does. On the sample its output is off by "
+            f"{furthest:.2g} of the largest, and rounding explains {limit:.2g}; folded were {pairs}. One of them does "
+            "a thing that its variables and its evaluation_affine do not say: find it with layers=[...], leave it out."
+        )
+    return found
 
 
-def _leaves(tree: Tree, path: Path) -> dict[str, jax.Array]:
-    return {name[-1]: leaf for name, leaf in zip(tree.names, tree.leaves, strict=True) if name[:-1] == path}
-
-
-def _fold_all(tree: Tree, matches: list[Match], *, keep: bool) -> Layers:
-    """The variables of all layers that take part, after all folds; a layer may take one before and one after it."""
-    layers = {site.path: _leaves(tree, site.path) for m in matches for site in (m.norm, m.layer)}
-    for match in matches:
-        norm, layer = match.norm.path, match.layer.path
-        row = take_row(match.norm, layers[norm])
-        folded, layers[layer] = fold_pair(match, row, layers[layer], keep=keep)
-        if folded is not row:
-            layers[norm] = put_row(match.norm, folded, layers[norm])
-    return layers
-
-
-def _with(tree: Tree, layers: Layers) -> list[Any]:
-    """The leaves of the tree, those of the layers replaced, in the dtypes they had."""
-    return [
-        layers[name[:-1]][name[-1]].astype(leaf.dtype)
-        if name[:-1] in layers and name[-1] in layers[name[:-1]]
-        else leaf
-        for name, leaf in zip(tree.names, tree.leaves, strict=True)
-    ]
-
-
-def _difference(y: Any, other: Any) -> float:
-    """max|y′ − y| / max|y| over all arrays of the output."""
-    pairs = list(zip(jax.tree.leaves(y), jax.tree.leaves(other), strict=True))
-    largest = max((float(jnp.max(jnp.abs(a))) for a, _ in pairs if a.size), default=0.0)
-    apart = max((float(jnp.max(jnp.abs(a - b))) for a, b in pairs if a.size), default=0.0)
-    return apart / largest if largest else apart
+def _jitted(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any, Any], Any]:
+    """The model as one compiled program, for other values of its variables too."""
+    if not isinstance(variables, nnx.Module):
+        return jax.jit(apply_fn)
+    graph, _ = nnx.split(variables)
+    run = jax.jit(lambda state, x: apply_fn(nnx.merge(graph, state), x))
+    return lambda model, x: run(nnx.split(model)[1], x)

@@ -35,9 +35,17 @@ def as_text(rows: Sequence[Row]) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in cells
     ]
-    return "\n".join(
-        [line.rstrip() for line in lines] + [f"! {row['layer']}: {f}" for row in rows for f in row["flags"]]
-    )
+    return "\n".join([line.rstrip() for line in lines] + [f"! {who}: {flag}" for who, flag in _flags(rows)])
+
+
+def _flags(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Each sentence once, after the layers that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for flag in row["flags"]:
+            about.setdefault(flag, []).append(row["layer"])
+    every = f"all {len(rows)} layers"
+    return [(every if len(layers) == len(rows) > 1 else ", ".join(layers), flag) for flag, layers in about.items()]
 
 
 def as_rich(rows: Sequence[Row]) -> Any:
@@ -50,7 +58,7 @@ def as_rich(rows: Sequence[Row]) -> Any:
     for row in rows:
         style = "yellow" if row["flags"] else None
         grid.add_row(*[text.Text(_cell(row[key])) for key, _ in columns], style=style)
-    flags = [text.Text(f"{row['layer']}: {flag}", style="yellow") for row in rows for flag in row["flags"]]
+    flags = [text.Text(f"{who}: {flag}", style="yellow") for who, flag in _flags(rows)]
     return console.Group(grid, *flags)
 
 
