@@ -48,8 +48,8 @@ def adapted(model: nn.Module, prior: int = 0) -> Predict:
     """
 
     def predict(variables: Any, x: jax.Array) -> jax.Array:
-        _, found = model.apply(variables, x, train=True, mutable=["batch_stats", "moments"])
-        mixed = adapt_statistics(variables, found["moments"], prior=prior, samples=len(x))
+        apply_fn = partial(model.apply, train=False, mutable=["batch_stats"])
+        mixed = adapt_statistics(apply_fn, variables, x, prior=prior)
         return model.apply(mixed, x, train=False)
 
     return jax.vmap(predict, (None, 0))

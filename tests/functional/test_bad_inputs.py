@@ -258,9 +258,8 @@ def test_tools_refuse_broken_variances(kind):
     variables["batch_stats"]["var"] = jnp.array(BROKEN[kind])
     with refused:
         tools.fold(norm.apply, variables, x)
-    moments = {"(the root)": bnjax.Moments(*np.ones((3, 2), np.float32))}
     with refused:
-        tools.adapt_statistics(variables, moments, prior=1, samples=1)
+        tools.adapt_statistics(functools.partial(norm.apply, mutable=["batch_stats"]), variables, x, prior=1)
     assert "1 of 2 channels have statistics that are not finite" in str(tools.inspect(variables))
     mended = tools.recalibrate(functools.partial(norm.apply, mutable=["batch_stats"]), variables, [x], progress=False)
     np.testing.assert_array_equal(mended["batch_stats"]["var"], [0, 0])

@@ -108,6 +108,7 @@ def lacking(is_there):
 def test_every_name_has_its_equation_but_for_those_that_compute_nothing():
     assert lacking(lambda name: re.search(r":math:|\.\. math::", inspect.getdoc(NAMES[name]))) == {
         "OneRowWarning",
+        "Step",
         "nnx.OverwriteWithGradient",
         "tools.affine_labels",
         "tools.Inspection",
@@ -121,6 +122,8 @@ def test_every_name_says_what_errors_it_raises_but_for_those_that_raise_none():
         "Moments",
         "RunningStats",
         "RecentStats",
+        "Step",
+        "Normalization",
         "tools.Folded",
         "tools.Inspection",
         "tools.Loaded",

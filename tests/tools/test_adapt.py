@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,72 +17,95 @@ from tests.support import cases, zoo
 UNIT = cases.unit("float32")
 
 
-def target(model, variables, x):
-    apply_fn = functools.partial(model.apply, mutable=["batch_stats"])
-    return tools.collect_moments(apply_fn, variables, [x], use_running_average=False, progress=False)
+def apply_of(model):
+    return functools.partial(model.apply, mutable=["batch_stats"])
 
 
 @pytest.mark.parametrize("prior", [0, 1, 16, 1e30])
-@pytest.mark.parametrize("net", [zoo.ConvNet, zoo.Nested])
-def test_mixing(prior, net, tmp_path):
-    model, variables = zoo.linen_net(net)
-    variables = zoo.through_orbax(variables, tmp_path)
-    moments = target(model, variables, zoo.images(3))
-    mixed = tools.adapt_statistics(variables, moments, prior=prior, samples=8)
-    zoo.assert_trees_equal(mixed["params"], variables["params"])
-    reached = tools.inspect(mixed, moments).rows
-    for layer, m in moments.items():
-        node, old = (
-            functools.reduce(lambda t, k: t[k], layer.split("/"), t["batch_stats"]) for t in (mixed, variables)
-        )
-        for role in ("mean", "var"):
-            wanted = (prior * np.float64(old[role]) + 8 * np.float64(getattr(m, role))) / (prior + 8)
-            magnitude = np.abs(old[role]).max() + np.abs(getattr(m, role)).max()
-            cases.assert_close(node[role], wanted, 4 * UNIT, magnitude)
-    if prior == 0:
-        assert all(row["mean_drift"] == row["var_drift"] == 0 for row in reached)
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_mixing_of_one_layer(prior, api):
+    """Checks the paper's formula, with the n of the batch's first axis."""
+    x, stats = zoo.images(3)[:8], dict(mean=np.float32([1.0, -2.0, 0.5]), var=np.float32([0.5, 2.0, 3.0]))
+    if api == "linen":
+        norm = bnjax.BatchNorm(use_running_average=True)
+        variables = {**norm.init(jax.random.key(0), x), "batch_stats": stats}
+        mixed = tools.adapt_statistics(apply_of(norm), variables, x, prior=prior)["batch_stats"]
+    else:
+        norm = bnjax.nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+        norm.mean[...], norm.var[...] = stats["mean"], stats["var"]
+        new = tools.adapt_statistics(lambda m, x: m(x), norm, x, prior=prior)
+        mixed = dict(mean=new.mean[...], var=new.var[...])
+    wide = np.asarray(x, np.float64)
+    for role, met in (("mean", wide.mean((0, 1, 2))), ("var", wide.var((0, 1, 2)))):
+        wanted = (prior * np.float64(stats[role]) + len(x) * met) / (prior + len(x))
+        cases.assert_close(mixed[role], wanted, 16 * UNIT, np.abs(stats[role]).max() + np.abs(met).max())
+
+
+class Plain(nn.Module):
+    """Normalises three times, with nothing in between."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = bnjax.BatchNorm(use_running_average=True, epsilon=1e-12)(x)
+        return x
+
+
+def test_each_layer_meets_what_it_will_meet_in_evaluation():
+    """Checks that one pass mixes: each layer sees the output of the mixed one before it."""
+    x = (4 + 2 * np.random.default_rng(0).normal(size=(16, 1))).astype(np.float32)
+    variables = Plain().init(jax.random.key(0), x)
+    mixed = tools.adapt_statistics(apply_of(Plain()), variables, x, prior=16)
+    y = Plain().apply(mixed, x)
+    wanted = np.asarray(x, np.float64)
+    for _ in range(3):
+        mean, var = wanted.mean() / 2, (1 + wanted.var()) / 2  # half of each, of 16 samples and a prior of 16
+        wanted = (wanted - mean) / np.sqrt(var)
+    cases.assert_close(y, wanted, 64 * UNIT)
 
 
 def test_a_channel_that_met_nothing_keeps_its_statistics():
-    variables = {"bn": {"mean": jnp.array([1.0, 2.0, 3.0]), "var": jnp.ones(3)}}
-    moments = {"bn": bnjax.Moments(jnp.array([5.0, 5.0, jnp.nan]), jnp.ones(3) * 3, jnp.array([4.0, 0.0, 4.0]))}
-    mixed = tools.adapt_statistics(variables, moments, prior=0, samples=4)["bn"]
-    np.testing.assert_array_equal(mixed["mean"], [5, 2, 3])
-    np.testing.assert_array_equal(mixed["var"], [3, 1, 1])
+    norm, x = bnjax.BatchNorm(use_running_average=True), np.ones((4, 3), np.float32)
+    variables = norm.init(jax.random.key(0), x)
+    x[0, 2] = np.nan
+    mask = np.array([[True, False, True]])
+    run = functools.partial(norm.apply, mask=mask, mutable=["batch_stats"])
+    mixed = tools.adapt_statistics(run, variables, x, prior=0)["batch_stats"]
+    np.testing.assert_array_equal(mixed["mean"], [1, 0, 0])
+    np.testing.assert_array_equal(mixed["var"], [0, 1, 1])
 
 
 def test_adaptation_undoes_a_shift_of_the_input():
     """Checks that with the target's statistics a change of contrast and brightness does not change the predictions."""
     model, variables = zoo.linen_net()
     x = zoo.images(4, rows=16)
-    variables = tools.recalibrate(
-        functools.partial(model.apply, mutable=["batch_stats"]), variables, [x], layerwise=True, progress=False
-    )
+    variables = tools.recalibrate(apply_of(model), variables, [x], layerwise=True, progress=False)
     kernel = variables["params"]["Conv_0"]["kernel"]
     variables["params"]["Conv_0"]["kernel"] = kernel.at[jnp.array([0, 2])].set(0).at[:, jnp.array([0, 2])].set(0)
-    variables = tools.adapt_statistics(variables, target(model, variables, x), prior=0, samples=16)
+    variables = tools.adapt_statistics(apply_of(model), variables, x, prior=0)
     shifted = 3 * x + 2  # a 1×1 kernel turns it into scale and shift of the first layer's output
     wanted, met = model.apply(variables, x), model.apply(variables, shifted)
-    adapted = tools.adapt_statistics(variables, target(model, variables, shifted), prior=0, samples=16)
-    close = model.apply(adapted, shifted)
+    close = model.apply(tools.adapt_statistics(apply_of(model), variables, shifted, prior=0), shifted)
     assert np.abs(met - wanted).max() > 0.1
     assert np.abs(close - wanted).max() < 1e-3  # a higher contrast makes epsilon matter less
 
 
 @pytest.mark.parametrize(
-    ("moments", "options", "message"),
+    ("options", "message"),
     [
-        ({}, dict(prior=1, samples=1), "must be those of the layers"),
-        ({"bn": bnjax.Moments(*[jnp.ones(3)] * 3)}, dict(prior=1, samples=1), r"shape \(3,\), its statistics \(2,\)"),
-        ({}, dict(prior=-1, samples=2), "must not be negative"),
-        ({}, dict(prior=0, samples=0), "nor both zero"),
+        (dict(prior=-1), "must not be negative"),
+        (dict(prior=1, samples=-2), "must not be negative"),
+        (dict(prior=0, samples=0), "nor both zero"),
+        (dict(prior=1, layers=["nowhere"]), "fits no layer"),
     ],
 )
-def test_mixing_errors(moments, options, message):
+def test_mixing_errors(options, message):
+    norm, x = bnjax.BatchNorm(use_running_average=True), jnp.ones((2, 3))
+    variables = norm.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=message):
-        tools.adapt_statistics({"bn": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}, moments, **options)
-    with pytest.raises(ValueError, match="holds no batch normalization"):
-        tools.adapt_statistics({}, {}, prior=1, samples=1)
+        tools.adapt_statistics(apply_of(norm), variables, x, **options)
+    with pytest.raises(ValueError, match="samples must say how many"):
+        tools.adapt_statistics(apply_of(norm), variables, {"a": x, "b": x[:1]}, prior=1)
 
 
 def test_entropy():

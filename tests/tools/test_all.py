@@ -46,7 +46,7 @@ def to_haiku(variables):
 
 # Each tool that takes a tree, as a function of linen variables whose results are compared.
 LINEN = {
-    "adapt_statistics": lambda v: tools.adapt_statistics(v, moments(), prior=1, samples=1),
+    "adapt_statistics": lambda v: tools.adapt_statistics(apply_fn, v, X, prior=1),
     "affine_labels": of_statistics(tools.affine_labels),
     "apply_moments": lambda v: tools.apply_moments(
         v.get("batch_stats", {}), {k: m._asdict() for k, m in moments().items()}
@@ -56,7 +56,6 @@ LINEN = {
     "decay_mask": of_statistics(lambda params, stats: tools.decay_mask(params, batch_stats=stats)),
     "fold": lambda v: tools.fold(MODEL.apply, v, X).variables,
     "follow": lambda v: tools.follow(v, other()),
-    "freeze_stats": lambda v: tools.freeze_stats(v, other()),
     "from_haiku": lambda v: tools.from_haiku(*to_haiku(other()), v),
     "from_keras": lambda v: tools.from_keras(tools.to_keras(other()), v),
     "from_torch": lambda v: tools.from_torch(tools.to_torch(other()), v),
@@ -69,18 +68,16 @@ LINEN = {
     "to_haiku": to_haiku,
     "to_keras": tools.to_keras,
     "to_torch": tools.to_torch,
-    "unfreeze_stats": lambda v: tools.unfreeze_stats(v, other()),
 }
 # Each tool as a function of an nnx module; tools that take collections get its states.
 NNX = {
-    "adapt_statistics": lambda m: tools.adapt_statistics(m, nnx_moments(), prior=1, samples=1),
+    "adapt_statistics": lambda m: tools.adapt_statistics(lambda m, x: m(x), m, X, prior=1),
     "affine_labels": lambda m: tools.affine_labels(nnx.state(m, nnx.Param), nnx.state(m, nnx.BatchStat)),
     "collect_moments": lambda m: tools.collect_moments(lambda m, x: m(x), m, [X], progress=False),
     "copy_stats": lambda m: tools.copy_stats(m, other_nnx()),
     "decay_mask": lambda m: tools.decay_mask(nnx.state(m, nnx.Param), batch_stats=nnx.state(m, nnx.BatchStat)),
     "fold": lambda m: tools.fold(lambda m, x: m(x), m, X).variables,
     "follow": lambda m: tools.follow(m, other_nnx()),
-    "freeze_stats": lambda m: tools.freeze_stats(m, other_nnx()),
     "from_keras": lambda m: tools.from_keras(tools.to_keras(other_nnx()), m),
     "from_torch": lambda m: tools.from_torch(tools.to_torch(other_nnx()), m),
     "inspect": lambda m: str(tools.inspect(m)),
@@ -91,9 +88,18 @@ NNX = {
     "tent": lambda m: labelled(nnx.state(m, nnx.Param), nnx.state(m, nnx.BatchStat)),
     "to_keras": tools.to_keras,
     "to_torch": tools.to_torch,
-    "unfreeze_stats": lambda m: tools.unfreeze_stats(m, other_nnx()),
 }
-NO_TREE = {"entropy", "fields_from_haiku", "fields_from_keras", "fields_from_torch", "read_arrays", "frozen_norms"}
+NO_TREE = {
+    "entropy",
+    "fields_from_haiku",
+    "fields_from_keras",
+    "fields_from_torch",
+    "read_arrays",
+    "frozen_norms",
+    "swap",
+    "swap_back",
+    "swapped_norms",
+}
 LINEN_ONLY = {"apply_moments", "from_haiku", "to_haiku"}  # tools that take linen collections only
 CONVERTERS = {
     "from_keras",
