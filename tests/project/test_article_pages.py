@@ -25,7 +25,11 @@ def measured(text):
     """The bold numbers of each paragraph and each row of a table, with the tables of results that it links to."""
     chunks = [part for chunk in text.split("\n\n") for part in (chunk.splitlines() if chunk[0] == "|" else [chunk])]
     found = [(re.findall(r"\*\*([+-]?[\d.,]+)\*\*", chunk), links(chunk)) for chunk in chunks if chunk]
-    return [(numbers, [DOCS / link for link in here if "/results/" in link]) for numbers, here in found if numbers]
+    return [
+        (numbers, [DOCS / link for link in here if re.search(r"/results/.*md$", link)])
+        for numbers, here in found
+        if numbers
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
