@@ -14,7 +14,7 @@ BELOW = {  # what each folder of experiments/ may import of the others
     "data": set(),
     "models": set(),
     "train": {"data", "models"},
-    "repro": {"data", "models", "train"},
+    "repro": {"data", "models", "train", "article"},
     "bench": {"models"},
 }
 

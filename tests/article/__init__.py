@@ -1,0 +1,1 @@
+"""Tests of the article's programs and of what fails in them."""
