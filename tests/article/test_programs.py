@@ -13,9 +13,9 @@ import optax
 import pytest
 
 from bnjax import tools
+from experiments import jsonl
 from experiments.article import keras_port, keras_program, torch_port, torch_program, training
 from experiments.data.images import all_digits
-from experiments.repro import study
 from experiments.train.loop import losses
 from tests.support.programs import finish, start
 
@@ -195,7 +195,7 @@ def test_the_idle_bias_moves_nothing_but_the_running_mean():
 def test_the_committed_tables_are_those_of_the_committed_lines(kind):
     program = PROGRAMS[kind]
     file = Path(program.__file__).parent / "results" / f"{program.STUDY.name}.jsonl"
-    lines = study.read(file)
+    lines = jsonl.read(file)
     assert len({line["seed"] for line in lines}) >= 5
     assert {line["setting"] for line in lines} == set(program.SETTINGS)  # the originals among them
     assert file.with_suffix(".md").read_text().strip() == program.STUDY.table(lines)
@@ -218,7 +218,7 @@ def test_smoke(kind, tmp_path):
     program = PROGRAMS[kind]
     out = finish(start("--smoke", "--out", tmp_path, module=program.__name__))
     file = tmp_path / "smoke" / f"{program.STUDY.name}.jsonl"
-    lines = study.read(file)
+    lines = jsonl.read(file)
     assert {line["setting"] for line in lines} == set(program.RUNNABLE)
     assert program.STUDY.table(lines) in out
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

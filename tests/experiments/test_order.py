@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import jsonl
 from experiments.article.keras_port import KerasNet
 from experiments.data.images import embedded_digits
 from experiments.repro import order, study
@@ -83,7 +84,7 @@ def test_the_rule(before, after, ahead, verdict):
 
 def test_the_committed_table_is_that_of_the_committed_lines():
     file = Path(study.RESULTS) / "order.jsonl"
-    lines = study.read(file)
+    lines = jsonl.read(file)
     assert len({line["seed"] for line in lines}) >= 5
     assert file.with_suffix(".md").read_text().strip() == order.table(lines)
     readme = (Path(order.__file__).parents[1] / "README.md").read_text()

@@ -25,8 +25,8 @@ def idle(
     Returns:
       Two arrays of bool, of the shape of the statistics.
     """
-    var = np.maximum(var, 0)
-    standardised = np.sqrt(var / (var + epsilon))  # the standard deviation of xhat
+    var = np.maximum(var, np.finfo(np.float64).tiny, dtype=np.float64)
+    standardised = 1 / np.sqrt(1 + epsilon / var)  # the standard deviation of xhat; 1 where var is infinite
     put_out = standardised * (1 if scale is None else scale)
     rounded = np.sqrt(var) <= unit * np.abs(mean)
     lost = put_out <= unit * (0 if bias is None else np.abs(bias))
