@@ -1,4 +1,4 @@
-"""bnjax: batch normalization for JAX, exact on every batch, with one all-reduce each way."""
+"""Computes batch normalization in JAX, exactly on every batch, with one all-reduce forward and one backward."""
 
 from bnjax import functional as functional
 from bnjax import linen as linen

@@ -1,4 +1,4 @@
-"""Batch normalization as pure functions: arrays in, arrays out."""
+"""Collects the public functions: batch normalization and its variants, from arrays to arrays, without state."""
 
 from bnjax.functional._batch_norm import batch_norm as batch_norm
 from bnjax.functional._batch_renorm import batch_renorm as batch_renorm

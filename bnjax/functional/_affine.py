@@ -1,4 +1,4 @@
-"""Scale and bias of a layer, per channel or different from example to example.
+"""Applies the scale and bias of a layer, which are per channel or differ from example to example.
 
     y = xhat·(offset + scale) + bias
 
@@ -17,7 +17,7 @@ from bnjax.functional import _axes
 
 
 class Affine(NamedTuple):
-    """Holds scale and bias and where they are applied: pass `core` to the normalization and its y to `finish`."""
+    """Holds scale and bias: pass `core` to the normalization as keyword arguments, and its y to `finish`."""
 
     scale: jax.Array | None  # per channel [C]; else broadcastable to x
     bias: jax.Array | None
@@ -26,13 +26,17 @@ class Affine(NamedTuple):
 
     @property
     def core(self) -> dict[str, Any]:
-        """Returns arguments of `batch_norm` and `normalize`; xhat is not rounded where `finish` has work left."""
+        """Returns the keyword arguments scale, bias and dtype of `batch_norm` and `normalize`.
+
+        Per-example scale and bias are left to `finish`; y then has the dtype of the statistics, so that it is rounded
+        once, after they are applied.
+        """
         if self.per_channel:
             return dict(scale=self.scale, bias=self.bias, dtype=self.dtype)
         return dict(scale=None, bias=None, dtype=_axes.statistics_dtype(jnp.empty((), self.dtype)))
 
     def finish(self, y: jax.Array) -> jax.Array:
-        """Applies what the core did not: scale and bias that differ from example to example."""
+        """Applies per-example scale and bias to y and returns it in the output dtype; returns y as it is otherwise."""
         if self.per_channel:
             return y
         y = y if self.scale is None else y * self.scale.astype(y.dtype)
@@ -49,17 +53,17 @@ def affine_of(
     offset: float = 0.0,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Affine:
-    """Checks scale and bias against x.
+    """Checks scale and bias against x, and returns them with the dtype of the output.
 
     Args:
       x: `[..., C]`.
       scale, bias: `[C]`, or broadcastable to x with its rank (`[N, 1, 1, C]`: one for each example), or None.
       axis: the feature axis or axes of x.
-      offset: added to scale, in float32 at least: 1 makes `1 + scale` of it.
+      offset: added to scale, in float32 at least: with 1 the layer multiplies by 1 + scale.
       dtype: of the output; by default the promotion of x, scale and bias.
 
     Raises:
-      ValueError: the shape of scale or bias is neither.
+      ValueError: scale or bias has neither of the two shapes.
     """
     x = _axes.as_input(x)
     layout = _axes.layout_of(x, axis)
@@ -74,6 +78,7 @@ def affine_of(
 
 
 def _fitting(name: str, v: jax.Array | None, x: jax.Array, layout: _axes.Layout) -> jax.Array | None:
+    """Returns a scale or bias as an array; raises ValueError unless it is per channel or broadcastable to x."""
     if v is None:
         return None
     v = _axes.as_array(name, v)

@@ -1,6 +1,6 @@
-"""Axes and shapes of batch normalization, and every error about an argument.
+"""Checks the arguments of batch normalization: axes, shapes, dtypes and values; raises every error about them.
 
-The rest of the package trusts what has passed through here: axes are sorted and non-negative, per-channel vectors
+The rest of the package trusts what these functions return: axes are sorted and non-negative, per-channel vectors
 have exactly the feature shape (a wrong channel count is refused, never broadcast) and a mask has the rank of x.
 """
 
@@ -14,19 +14,19 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """Which axes of x hold the channels and which are reduced over."""
+    """Holds which axes of x are the channels and which are reduced over."""
 
     features: tuple[int, ...]  # sorted, non-negative
     rows: tuple[int, ...]  # the others
     shape: tuple[int, ...]  # the feature shape: sizes of the feature axes
 
     def expand(self, vector: jax.Array) -> jax.Array:
-        """A vector of the feature shape, with size-1 axes for the rows: broadcasts against x."""
+        """Returns a vector of the feature shape with an axis of size 1 for each axis of rows: it broadcasts to x."""
         return jnp.expand_dims(vector, self.rows)
 
 
 def layout_of(x: jax.Array, axis: int | Sequence[int]) -> Layout:
-    """The layout of x with feature axis or axes `axis`; raises ValueError if they do not fit x."""
+    """Returns the layout of x for the feature axis or axes `axis`; raises ValueError if x does not have them."""
     axes = tuple(axis) if isinstance(axis, (Sequence, np.ndarray)) and not isinstance(axis, str) else (axis,)
     if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes):
         raise TypeError(
@@ -48,10 +48,11 @@ def layout_of(x: jax.Array, axis: int | Sequence[int]) -> Layout:
 
 
 def as_array(name: str, a: Any) -> jax.Array:
-    """An argument as an array of numbers; float8 and those of less than a byte, which JAX does not promote, as float32.
+    """Returns an argument as an array of numbers.
 
-    Raises TypeError for what holds none (None, text, objects, dates, ragged lists, keys, shapes without values) and
-    for a masked array of NumPy, whose mask JAX would drop.
+    float8 and dtypes of less than a byte, which JAX does not promote, are converted to float32. Raises TypeError for
+    what holds no numbers (None, text, objects, dates, ragged lists, keys, shapes without values) and for a masked
+    array of NumPy, whose mask JAX would drop.
     """
     problem, found = None, type(a).__name__
     if not isinstance(a, (str, bytes, jax.ShapeDtypeStruct, np.ma.MaskedArray)):
@@ -67,28 +68,29 @@ def as_array(name: str, a: Any) -> jax.Array:
 
 
 def _is_narrow(dtype: np.dtype) -> bool:
+    """Returns True for the dtypes that JAX does not promote: float8, and integers of less than a byte."""
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits < 16
     return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
 
 
 def _known(a: Any) -> np.ndarray[Any, Any] | None:
-    """The values of an argument given as Python numbers or NumPy array, inside a trace as outside.
+    """Returns the values of an argument given as Python numbers or as a NumPy array, and None for a jax.Array.
 
-    None of a jax.Array: its values are data, of which a traced function knows nothing. Where such data are out of range
-    the result is NaN, in a trace and outside of it alike; and no eager call waits for a device to look at them.
+    The values of a jax.Array are not known in a trace. Outside of a trace they are not read either: a value out of
+    range gives NaN in both cases, and no eager call waits for the device.
     """
     return None if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(a)) else np.asarray(a)
 
 
 def as_input(x: jax.Array) -> jax.Array:
-    """x as a floating-point or complex array; integers and bools become float32."""
+    """Returns x as a floating-point or complex array; integers and bools become float32."""
     x = as_array("x", x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def as_real_input(x: jax.Array) -> jax.Array:
-    """The same, for what has no complex form."""
+    """Returns x as a floating-point array, for functions that are not defined for complex x; raises TypeError there."""
     x = as_input(x)
     if jnp.iscomplexobj(x):
         raise TypeError(f"x must be real; got dtype {x.dtype}. Normalise x.real and x.imag as two channels instead.")
@@ -96,7 +98,7 @@ def as_real_input(x: jax.Array) -> jax.Array:
 
 
 def as_vector(name: str, vector: jax.Array, layout: Layout, x: jax.Array | None = None) -> jax.Array:
-    """A per-channel argument, checked to have exactly the feature shape; complex only where an x is given that is."""
+    """Returns a per-channel argument, checked to have the feature shape; it may be complex if x is complex."""
     if vector is None:
         raise ValueError(f"{name} is needed here, of shape {layout.shape}; got None.")
     vector = as_array(name, vector)
@@ -112,7 +114,16 @@ def as_vector(name: str, vector: jax.Array, layout: Layout, x: jax.Array | None 
 
 
 def of_one_shape(what: str, *statistics: Any) -> Any:
-    """Tuples of per-channel arrays, checked to have one shape in all their parts: none of them is broadcast."""
+    """Returns named tuples of per-channel arrays as they are, with all fields as arrays of one shape.
+
+    Args:
+      what: the name of the arguments, for the error.
+      statistics: `Moments`, `RunningStats` and the like.
+
+    Raises:
+      TypeError: an argument is no named tuple, or holds no numbers.
+      ValueError: the shapes differ; nothing is broadcast.
+    """
     for s in statistics:
         if not hasattr(s, "_fields"):
             raise TypeError(f"{what} must be tuples such as bnjax.Moments(mean, var, count); got {type(s).__name__}.")
@@ -124,12 +135,12 @@ def of_one_shape(what: str, *statistics: Any) -> Any:
 
 
 def as_optional(name: str, vector: jax.Array | None, layout: Layout, x: jax.Array | None = None) -> jax.Array | None:
-    """The same, for an argument that may be left out."""
+    """Returns None for None, and otherwise a per-channel argument, checked as in `as_vector`."""
     return None if vector is None else as_vector(name, vector, layout, x)
 
 
 def as_variance(var: jax.Array, layout: Layout) -> jax.Array:
-    """A running variance; NaN in a channel where it is none (negative, infinite), so that its output is NaN too."""
+    """Returns a running variance, with NaN in the channels where it is negative or infinite, so that y is NaN there."""
     vector, known = as_vector("var", var, layout), _known(var)
     if known is not None and not np.all((known >= 0) & (known < np.inf)):
         raise ValueError(
@@ -151,9 +162,10 @@ def check_stored(shape: tuple[int, ...], x: jax.Array, **stored: jax.Array | Non
 
 
 def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Returns the mask at the rank of x, bool or floating, not broadcast, so that sums over it stay small.
+    """Returns the mask with the rank of x, as bool or floating weights.
 
-    A weight in a jax.Array that is negative or not finite becomes NaN.
+    It is not broadcast to the shape of x, so that sums over it stay small. A weight in a jax.Array that is negative or
+    not finite becomes NaN.
     """
     if mask is None:
         return None
@@ -179,19 +191,19 @@ def as_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
 
 
 def takes_part(weights: jax.Array) -> jax.Array:
-    """Returns where weights are not zero, as bools."""
+    """Returns bools: True where the weight is not zero."""
     return weights if weights.dtype == bool else weights > 0
 
 
 def as_weights(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Returns a checked mask as the weights of sums: bool as it is, else in the dtype of the statistics, constant."""
+    """Returns a checked mask as weights: bool as it is, floating in the dtype of the statistics, without gradient."""
     if mask is None or mask.dtype == bool:
         return mask
     return jax.lax.stop_gradient(mask.astype(jnp.finfo(statistics_dtype(x)).dtype))
 
 
 def as_number(name: str, value: Any, least: float, most: float = math.inf, advice: str = "") -> float:
-    """An option as a float; raises unless it is one number, known when the call is traced, finite and in the range."""
+    """Returns an option as a float; raises unless it is one finite number from least to most, known at trace time."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} must be a Python number, known when the call is traced; got a traced value. {advice}")
     if isinstance(value, (str, bytes, bool)) or not np.isrealobj(value) or np.size(value) != 1 or np.ndim(value):
@@ -206,7 +218,7 @@ def as_number(name: str, value: Any, least: float, most: float = math.inf, advic
 
 
 def as_flag(name: str, value: Any) -> bool:
-    """Returns an option as a bool; raises unless it is one, known when the call is traced."""
+    """Returns an option as a bool; raises unless it is True or False, known when the call is traced."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
             f"{name} must be True or False when the call is traced; got a traced value. Pass it as a Python bool (a "
@@ -221,7 +233,7 @@ def as_flag(name: str, value: Any) -> bool:
 
 
 def as_integer(name: str, value: Any, least: int) -> int:
-    """An option as an integer, of at least so much."""
+    """Returns an option as an integer; raises unless it is one, known when the call is traced, and at least `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         error = ValueError if isinstance(value, (int, float, jax.core.Tracer)) else TypeError
         raise error(f"{name} must be an integer of at least {least}, known when the call is traced; got {value!r}.")
@@ -229,7 +241,7 @@ def as_integer(name: str, value: Any, least: int) -> int:
 
 
 def check_epsilon(epsilon: float, dtype: np.dtype) -> float:
-    """epsilon as a float; raises ValueError unless 1/√ε and its derivative, of the size of ε^(−3/2), are numbers."""
+    """Returns epsilon as a float; raises ValueError where 1/√ε or its derivative, about ε^(−3/2), would overflow."""
     least = float(jnp.finfo(dtype).max) ** (-2 / 3)
     advice = f"Statistics of {dtype} need that where a channel is constant, or they divide by zero; 1e-5 is usual."
     return as_number("epsilon", epsilon, least, advice=advice)
@@ -239,7 +251,7 @@ _OLD = "It is the weight of the OLD running value; PyTorch's is the weight of th
 
 
 def as_momentum(momentum: jax.Array | float) -> jax.Array | float:
-    """momentum, the weight of the old value, in [0, 1]; raises ValueError where it is known to be something else."""
+    """Returns the momentum, in [0, 1]; raises if a Python number is outside; a jax.Array becomes NaN there instead."""
     if not isinstance(momentum, jax.Array):
         return as_number("momentum", momentum, 0, 1, _OLD)
     if momentum.ndim or jnp.iscomplexobj(momentum):
@@ -248,24 +260,24 @@ def as_momentum(momentum: jax.Array | float) -> jax.Array | float:
 
 
 def bounded_momentum(momentum: jax.Array) -> jax.Array:
-    """A computed momentum: one that rounding took out of [0, 1] is put back, another becomes NaN."""
+    """Returns a computed momentum: clipped to [0, 1] where it is outside by less than 0.01 (rounding), else NaN."""
     nearest = jnp.clip(momentum, 0, 1)
     return jnp.where(jnp.abs(momentum - nearest) < 0.01, nearest, jnp.nan)
 
 
 def statistics_dtype(*arrays: jax.Array | None) -> np.dtype:
-    """The dtype of statistics: float32 at least, float64 if any of the arrays is."""
+    """Returns the dtype of statistics: the promotion of the arrays and float32, so float64 if any array has it."""
     return _promoted(*arrays, jnp.float32)
 
 
 def _promoted(*arrays: Any) -> np.dtype:
-    """Returns the promotion of the arrays and dtypes that are given, by the standard rules under strict ones too."""
+    """Returns the standard promotion of the arrays and dtypes that are not None, also under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(jnp.result_type(*[a for a in arrays if a is not None]))
 
 
 def output_dtype(dtype: jax.typing.DTypeLike | None, *arrays: jax.Array | None) -> np.dtype:
-    """`dtype`, or else the promotion of the arrays that are given (Flax's rule)."""
+    """Returns `dtype`, checked, or the promotion of the arrays if it is None, as Flax does."""
     promoted = _promoted(*arrays)
     if dtype is None:
         return promoted

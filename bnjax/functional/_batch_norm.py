@@ -1,8 +1,8 @@
-"""Batch normalization with the statistics of the batch: the training mode.
+"""Normalises a batch by its own statistics, as batch normalization does in training.
 
-The story in three steps:
+The computation has three steps:
 
-1. The batch is measured (`_measure.py`), which no derivative sees: K, e = mean − K, var, rstd = 1/√(var + ε).
+1. The batch is measured (`_measure.py`) without a derivative: K, e = mean − K, var, rstd = 1/√(var + ε).
 2. With these constants x is standardised, z = (x − K)·rstd, and the plain formula of batch normalization is applied
    to z, where every number is about 1 in size, whatever the size of x. JAX differentiates this formula; the values of
    its mean and variance are replaced by the measured ones (`value_of`), which are more accurate.
@@ -25,8 +25,8 @@ from bnjax.functional._measure import Measured, Reduction, measure, squared
 from bnjax.functional._moments import Moments, formula_of, moments_of, scaled_rstd
 from bnjax.functional._one_row import warn_of_one_row
 
-# A variance below this part of epsilon changes nothing in y, so the guard need not sum again for it: a channel that is
-# constant would otherwise set it off in every step.
+# A variance below this part of epsilon changes nothing in y, so the guard does not sum again for its sake. Without this
+# limit a constant channel would make the guard read x again in every step.
 _FLOOR = 1e-3
 
 
@@ -46,10 +46,10 @@ def batch_norm(
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    with the moments of :func:`bnjax.batch_moments`. One all-reduce forward, one backward. Exact from the first batch:
-    in float32 the variance is right to 1e-5 for \|mean\|/std up to 1e4 and more, values up to 1e30 are standardised, a
-    constant channel gives `bias`. A batch with a channel that lies more than 4 standard deviations from zero costs one
-    more read of x and one more all-reduce.
+    with the moments of :func:`bnjax.batch_moments`. It takes one all-reduce forward and one backward. It is accurate
+    from the first batch on: in float32 the variance is right to 1e-5 for \|mean\|/std up to 1e4 and more, values up to
+    1e30 are standardised, and a constant channel gives `bias`. A batch in which the mean of some channel lies more than
+    4 standard deviations from zero costs one more read of x and one more all-reduce.
 
     Args:
       x: `[..., C]`, any dtype. A complex x has a complex mean and the real variance E\|x − mean\|², as in Flax.
@@ -57,8 +57,8 @@ def batch_norm(
       bias: `[C]`, or None for 0.
       axis: the feature axis or axes; all others are reduced over.
       epsilon: added to the variance; positive.
-      mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part in
-        the moments; their own output is the normalised value, and NaN or Inf there is read as the mean.
+      mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero do not
+        count in the moments; they are normalised like the others, and NaN or Inf there is read as the mean.
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
         plain `jit`, where a sharded array is pooled over all its shards anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
@@ -69,11 +69,11 @@ def batch_norm(
       scale and bias, to any order and in both modes.
 
     Raises:
-      ValueError: a shape, axis, group or epsilon that does not fit, or an `axis_name` that is not bound.
-      TypeError: a complex mask, complex vectors for a real x, or a dtype that cannot hold the output.
+      ValueError: a shape, axis, group or epsilon does not fit, or `axis_name` is not bound.
+      TypeError: the mask is complex, scale or bias is complex and x is not, or `dtype` cannot hold the output.
 
     Warns:
-      OneRowWarning: all devices together hold one row, so that y is the bias whatever x is.
+      OneRowWarning: all devices together hold one row per channel, so that y is the bias whatever x is.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -101,7 +101,8 @@ def batch_norm(
     return normalize_batch(Reduction(layout, group), epsilon, dtype, None, x, scale, bias, weights)
 
 
-# What batch renormalization adds: from what was measured and further arrays, factor and shift of the standardised x.
+# The correction of batch renormalization: a function of the measured moments, 1/√(var + ε) and further arrays that
+# returns r and d, by which the standardised x is multiplied and shifted.
 Correction = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -117,16 +118,19 @@ def normalize_batch(
     weights: jax.Array | None,
     *others: Any,
 ) -> tuple[jax.Array, Moments]:
-    """Normalises checked arguments: y = (xhat·r + d)·scale + bias, with r = 1 and d = 0 without a correction.
+    """Normalises a batch, given checked arguments, and returns y and its moments.
+
+    y = (xhat·r + d)·scale + bias, where r and d come from `correction`; without one, r = 1 and d = 0.
 
     Args:
-      reduction: the rows that are pooled.
+      reduction: the axes and devices whose rows are pooled.
       epsilon: added to the variance.
       dtype: of y.
-      correction: called with the measured moments, 1/√(var + ε) and `others`; returns r and d, constants.
+      correction: called with the measured moments, 1/√(var + ε) and `others`; returns r and d, which are taken as
+        constants in the derivative.
       x: `[..., C]`.
       scale, bias: `[C]` or None.
-      weights: as in `averages`.
+      weights: as in `averages` (`_measure.py`).
       others: further arrays for the correction.
     """
     expand, wide_dtype = reduction.layout.expand, _axes.statistics_dtype(x, scale, bias)
@@ -149,7 +153,7 @@ def normalize_batch(
         c = -mean * a if b is None else b - mean * a
         if weights is None:
             a, c = _collectives.vary_together((a, c), x)
-        else:  # NaN in padding is read as the mean, so that neither it nor its derivative gets out
+        else:  # NaN at weight 0 is read as the mean, so that it reaches neither y nor the derivative
             a, c, read = _collectives.vary_together((a, c, mean), x)
             z = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(read))
         return (z * expand(a) + expand(c)).astype(dtype), moments_of(batch, rstd, mean, var)
@@ -160,7 +164,7 @@ def normalize_batch(
 def _measure_and_keep(
     epsilon: float, x: jax.Array, weights: jax.Array | None, reduction: Reduction
 ) -> tuple[Measured, jax.Array]:
-    """Measures a batch for a normalization with this epsilon: the moments and 1/√(var + ε), kept for its derivative."""
+    """Returns the measured moments of a batch and 1/√(var + ε), named so that the checkpoint keeps them."""
     batch = measure(x, weights, reduction, _FLOOR * epsilon)
     kept = batch._replace(count=batch.count if isinstance(batch.count, jax.Array) else None)
     vectors, rstd = jax.tree.map(_keep, (kept, scaled_rstd(batch, epsilon)))
@@ -168,7 +172,7 @@ def _measure_and_keep(
 
 
 def _keep(vector: jax.Array) -> jax.Array:
-    """Names a vector for the checkpoint; a complex one in two parts, because JAX cannot keep complex values by name."""
+    """Names a vector so that the checkpoint keeps it; a complex one as two, because JAX names real arrays only."""
     if jnp.iscomplexobj(vector):
         return lax.complex(_keep(vector.real), _keep(vector.imag))
     named: jax.Array = checkpoint_name(vector, "measured")

@@ -1,4 +1,4 @@
-"""Batch renormalization: normalised by the batch, then moved to where the running averages would have put it."""
+"""Implements batch renormalization: x is normalised by its batch, then corrected towards the running averages."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Limit = jax.Array | float | Callable[[jax.Array], jax.Array]  # a number, or a f
 
 
 def renorm_r_max(step: jax.Array) -> jax.Array:
-    r"""The paper's limit of r: 1 for 5000 steps, then linear to 3 at step 40 000.
+    r"""Returns the limit of r that the paper uses: 1 for 5000 steps, then linear to 3 at step 40 000.
 
     .. math:: r_{max} = 1 + 2 \cdot \mathrm{clip}\Bigl(\frac{\mathrm{step} - 5000}{35\,000}, 0, 1\Bigr)
 
@@ -40,7 +40,7 @@ def renorm_r_max(step: jax.Array) -> jax.Array:
 
 
 def renorm_d_max(step: jax.Array) -> jax.Array:
-    r"""The paper's limit of d: 0 for 5000 steps, then linear to 5 at step 25 000.
+    r"""Returns the limit of d that the paper uses: 0 for 5000 steps, then linear to 5 at step 25 000.
 
     .. math:: d_{max} = 5 \cdot \mathrm{clip}\Bigl(\frac{\mathrm{step} - 5000}{20\,000}, 0, 1\Bigr)
 
@@ -62,7 +62,7 @@ def renorm_d_max(step: jax.Array) -> jax.Array:
 
 
 def limit_at(limit: Limit, steps: jax.Array | None) -> jax.Array | float:
-    """The limit at each channel's step; at step 0 where nobody counts."""
+    """Returns a limit, or the value of a schedule at the step of each channel (at step 0 where steps is None)."""
     if not callable(limit):
         return limit
     if steps is None:
@@ -86,7 +86,7 @@ def batch_renorm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    r"""Normalises x by its own batch, corrected towards the running averages: training as evaluation will be.
+    r"""Normalises x by its own batch and corrects the result towards the running averages that evaluation uses.
 
     .. math::
         y = \Bigl(\frac{x - \mathrm{mean}_B}{\sigma_B} \cdot r + d\Bigr) \cdot \mathrm{scale} + \mathrm{bias}, \qquad
@@ -94,8 +94,9 @@ def batch_renorm(
         d = \mathrm{clip}\Bigl(\frac{\mathrm{mean}_B - \mathrm{mean}}{\sigma}, -d_{max}, d_{max}\Bigr)
 
     with :math:`\sigma^2 = \mathrm{var} + \epsilon` and the moments of the batch B as in :func:`bnjax.batch_norm`. r and
-    d are constants to the derivative. Unclipped, y is exactly that of :func:`bnjax.normalize`; with r_max = 1 and
-    d_max = 0 that of `batch_norm`. For small batches, and for batches whose rows are not independent.
+    d are constants in the derivative. Where neither is clipped, y equals that of :func:`bnjax.normalize`; with r_max
+    = 1 and d_max = 0 it equals that of `batch_norm`. It is meant for small batches, and for batches whose rows are not
+    independent.
 
     Args:
       x: `[..., C]`, any real dtype.
@@ -103,8 +104,10 @@ def batch_renorm(
       var: `[C]`, the running variance before this batch.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
-      r_max: limit of r and 1/r, at least 1: a number or `[C]`; by step :func:`bnjax.renorm_r_max`.
-      d_max: limit of \|d\|, at least 0: a number or `[C]`; by step :func:`bnjax.renorm_d_max`.
+      r_max: limit of r and 1/r, at least 1: a number or `[C]`; :func:`bnjax.renorm_r_max` gives that of the paper at a
+        step.
+      d_max: limit of \|d\|, at least 0: a number or `[C]`; :func:`bnjax.renorm_d_max` gives that of the paper at a
+        step.
       axis: the feature axis or axes; all others are reduced over.
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
@@ -132,8 +135,8 @@ def batch_renorm(
     References:
       Ioffe 2017, https://arxiv.org/abs/1702.03275, algorithm 1; the limits by step are those of section 4.
 
-    Differences: the paper (and TensorFlow) averages the standard deviation. Here it is the root of the averaged
-    variance, so that variables, checkpoints and evaluation are those of batch normalization.
+    Differences: the paper and TensorFlow average the standard deviation. Here σ is the root of the averaged variance,
+    so that variables, checkpoints and evaluation are those of batch normalization.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)
@@ -149,25 +152,28 @@ def batch_renorm(
 
 
 class Renorm(Normalization):
-    """Says what a BatchRenorm computes; a module adds the two fields."""
+    """Describes a BatchRenorm layer to the modules and tools; a module adds the fields r_max and d_max."""
 
     r_max: Limit
     d_max: Limit
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """Normalises x by its batch, corrected towards the running averages, with the limits of this step."""
+        """Normalises x by its batch, corrected towards the running averages, with the limits at the current step."""
         r_max, d_max = limit_at(self.r_max, running.steps), limit_at(self.d_max, running.steps)
         return batch_renorm(x, running.mean, running.var, r_max=r_max, d_max=d_max, **options)
 
     averaged_moments = Normalization.averaged_moments
 
     def counts_steps(self) -> bool:
-        """Returns whether a limit or an average depends on the step."""
+        """Returns whether a limit or an average depends on the step, so that batches must be counted."""
         return callable(self.r_max) or callable(self.d_max) or super().counts_steps()
 
 
 class _Correction(NamedTuple):
-    """Computes r and d, clipped. Neither overflows where the batch's variance does: σ_B is taken as 1/rstd."""
+    """Computes r and d, clipped to their limits.
+
+    σ_B is taken as 1/rstd and not as the root of the variance, so that r does not overflow where the variance does.
+    """
 
     epsilon: float
 
@@ -186,11 +192,11 @@ class _Correction(NamedTuple):
 
 
 def _check_limits(r_max: jax.Array | float, d_max: jax.Array | float) -> None:
-    """Raises ValueError where a limit that is known leaves no room (traced ones are trusted)."""
+    """Raises ValueError where r_max is below 1 or d_max below 0; traced limits are not checked."""
     for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         if isinstance(limit, jax.core.Tracer):
             continue
         if np.asarray(limit).dtype.kind not in "iuf":
             raise TypeError(f"{name} must be a number, or one for each channel; got {limit!r}.")
         if not np.all(np.asarray(limit) >= least):
-            raise ValueError(f"{name} must be at least {least}, where it allows no correction; got {limit}.")
+            raise ValueError(f"{name} must be at least {least}, which means no correction; got {limit}.")

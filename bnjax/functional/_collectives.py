@@ -1,7 +1,7 @@
-"""Statistics shared between devices: which ones share, one all-reduce, and what `check_vma` wants to know.
+"""Pools statistics over devices: names the group of devices, adds sums over it, and types arrays for `check_vma`.
 
 Inside `shard_map`, `pmap` or `vmap` an axis name stands for a set of devices (or of mapped slices). A `Group` says
-whose rows are pooled; `pool` adds a stack of per-channel sums over it in ONE all-reduce.
+whose rows are pooled; `pool` adds a stack of per-channel sums over the group in one all-reduce.
 """
 
 import math
@@ -17,22 +17,28 @@ AxisName = str | Sequence[str] | None
 
 
 class Group(NamedTuple):
-    """The devices that share statistics: mesh axis names, optionally cut into groups of their indices."""
+    """Holds which devices share statistics: names of mapped axes, and optionally groups of indices along them."""
 
     names: tuple[str, ...] = ()  # empty: this device alone (or, under plain jit, the whole array)
     index_groups: tuple[tuple[int, ...], ...] | None = None
 
 
 def names_of(axis_name: AxisName) -> tuple[str, ...]:
-    """One name, several, or none, as a tuple."""
+    """Returns axis names as a tuple, empty for None; None in a sequence is left out."""
     names = (axis_name,) if isinstance(axis_name, str) or not isinstance(axis_name, Sequence) else tuple(axis_name)
     return tuple(name for name in names if name is not None)
 
 
 def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | None, shape: tuple[int, ...]) -> Group:
-    """The group that the arguments name; raises ValueError for names that are not bound here.
+    """Returns the group of devices that the arguments name.
 
-    `shape` is that of the batch about to be normalised, for the message.
+    Args:
+      axis_name: name, or names, of mapped axes, or None.
+      axis_index_groups: groups of indices along them, or None.
+      shape: of the batch, for the error.
+
+    Raises:
+      ValueError: a name is not bound here, or the groups do not divide the axes into parts of one size.
     """
     names = names_of(axis_name)
     for name in names:
@@ -61,6 +67,7 @@ def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | N
 
 
 def _check_bound(name: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if no mapped axis of this name is bound here; `shape` is that of the batch, for the error."""
     if isinstance(name, int):
         raise TypeError(f"axis_name must be the name of a mapped axis, or several; got the number {name}.")
     try:
@@ -74,7 +81,7 @@ def _check_bound(name: str, shape: tuple[int, ...]) -> None:
 
 
 def group_size(group: Group) -> int:
-    """How many devices share statistics."""
+    """Returns how many devices share statistics."""
     if group.index_groups is not None:
         return len(group.index_groups[0])
     return math.prod(lax.axis_size(name) for name in group.names)
@@ -83,10 +90,10 @@ def group_size(group: Group) -> int:
 def pool_together(sums: Sequence[jax.Array], group: Group) -> Sequence[jax.Array]:
     """Adds each of several per-channel sums over the group, in one all-reduce.
 
-    A real sum that travels with a complex one comes back real.
+    Real sums come back real, also where a complex one makes the stacked array complex.
     """
     if not group.names:
-        return sums  # stacking them would cost compile time for nothing
+        return sums  # stacking them would only cost compile time
     pooled = pool(jnp.stack(sums), group)
     return [p if jnp.iscomplexobj(s) else p.real for p, s in zip(pooled, sums, strict=True)]
 
@@ -97,7 +104,7 @@ def pool(sums: jax.Array, group: Group) -> jax.Array:
         return sums
     try:
         return lax.psum(sums, group.names, axis_index_groups=group.index_groups)
-    except NotImplementedError as error:  # JAX says no more than this under check_vma=True
+    except NotImplementedError as error:  # the empty error that JAX raises under check_vma=True
         raise ValueError(
             "axis_index_groups does not work in shard_map(check_vma=True): JAX cannot type its result. Use a mesh of "
             "two axes, such as Mesh(devices.reshape(groups, size), ('group', 'member')), shard the batch over both and "
@@ -106,16 +113,21 @@ def pool(sums: jax.Array, group: Group) -> jax.Array:
 
 
 def warn_if_local(running: jax.Array, batch: jax.Array, shape: tuple[int, ...]) -> None:
-    """Says so where running statistics that all devices share are about to be updated with those of one device's rows.
+    """Warns where running averages that all devices share are to be updated with the moments of one device's rows.
 
-    Only shard_map(check_vma=True) lets this be seen.
+    This can be seen only in shard_map(check_vma=True), which types arrays by the mesh axes over which they differ.
+
+    Args:
+      running: the running mean, `[C]`.
+      batch: the mean of the batch, `[C]`.
+      shape: of the batch, for the warning.
     """
     if names := varying(batch) - varying(running):
         warnings.warn(
             f"a batch of shape {shape} was normalised by this device's rows alone, though it is spread over the mesh "
             f"axes {sorted(names)}: the running averages now differ between devices. Pass axis_name={sorted(names)} to "
-            "normalise by the whole batch; stats_axis_name, to normalise by local statistics but keep running averages "
-            "of everybody's; or update_stats=False.",
+            "normalise by the whole batch; or stats_axis_name, to normalise by local statistics and average those of "
+            "all devices; or update_stats=False.",
             stacklevel=4,
         )
 
@@ -142,8 +154,8 @@ def match(vector: jax.Array, like: jax.Array) -> jax.Array:
 def vary_together(vectors: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
     """Returns several vectors of one shape and type, typed as varying over every mesh axis that x varies over.
 
-    JAX would cast each where it first meets x. The transpose of a cast is an all-reduce, and one cast of all makes it
-    one all-reduce.
+    Without this JAX would cast each vector where it first meets x. The transpose of a cast is an all-reduce, so a
+    single cast of the stacked vectors makes the backward pass use a single all-reduce.
     """
     if all(varying(x) <= varying(v) for v in vectors):
         return vectors

@@ -1,9 +1,11 @@
-"""Two tools for derivatives: a value that differentiates as another formula, and a widening whose dx rounds once.
+"""Defines two functions with derivatives of their own: `value_of` and `widen`.
 
-`value_of` is a primitive of its own and not a `jax.custom_jvp`, because reverse mode of `lax.scan` inlines the primal
-of a `custom_jvp` after its first use: a second derivative would then follow the primal instead of the rule. A primitive
-keeps its rule under every transform, so the measured value may hide behind `stop_gradient`, conditionals and
-collectives that no derivative ever sees.
+`value_of` returns a measured value with the derivative of a formula. It is a primitive and not a `jax.custom_jvp`,
+because reverse mode of `lax.scan` inlines the primal of a `custom_jvp` after its first use: a second derivative would
+then follow the primal instead of the rule. A primitive keeps its rule under every transform, so the measured value may
+stand behind `stop_gradient`, conditionals and collectives, which are never differentiated.
+
+`widen` converts x to the dtype of the statistics, so that dx is rounded only once.
 """
 
 from typing import Any
@@ -21,18 +23,19 @@ _value_of_p = Primitive("value_of")
 
 
 def value_of(value: jax.Array, formula: jax.Array) -> jax.Array:
-    """Returns `value`, with the derivative of `formula`, of every order and in both modes.
+    """Returns `value`, with the derivative of `formula`, to every order and in both modes.
 
-    XLA drops the value of `formula` as dead code; its tangents alone are computed.
+    Only the tangents of `formula` are computed: XLA removes its value as dead code.
 
     Args:
       value: an array; no derivative flows to it.
-      formula: an array of the same shape and dtype that is equal to it but for rounding.
+      formula: an array of the same shape and dtype, equal to `value` up to rounding.
     """
     return _value_of_p.bind(value, formula)
 
 
 def _batched(arrays: Any, axes: Any) -> tuple[jax.Array, int]:
+    """Applies `value_of` to mapped arguments (the rule of `vmap`); returns the result and its mapped axis, 0."""
     size = next(a.shape[d] for a, d in zip(arrays, axes, strict=True) if d is not None)
     return value_of(*(batching.bdim_at_front(a, d, size) for a, d in zip(arrays, axes, strict=True))), 0
 
@@ -58,14 +61,16 @@ _jet_rules.setdefault(primitives.remat_p, _jet_of_checkpoint)
 def widen(x: jax.Array) -> jax.Array:
     """Converts x to the dtype of the statistics; the terms of dx are added in that dtype and rounded once.
 
-    XLA:TPU writes y and dx in one pass over x only where dx does not end in a conversion: a layer in bfloat16 makes 7
-    passes then, and 8 otherwise. So dx ends in a reduction of precision that leaves one digit more than there is.
+    XLA:TPU writes y and dx in one pass over x only where dx does not end in a conversion: a layer in bfloat16 then
+    makes 7 passes over x, and 8 otherwise. So dx ends in `reduce_precision`, which keeps one bit more than the dtype of
+    x has.
     """
     return x.astype(statistics_dtype(x))
 
 
 @widen.defjvp
 def _widen_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns the widened x and its tangent, first rounded to one bit more than the dtype of x has."""
     (t,) = tangents
     wide = statistics_dtype(t)
     if wide != t.dtype:

@@ -1,4 +1,4 @@
-"""Batch normalization as a constant: for detection and fine-tuning on few images."""
+"""Implements frozen batch normalization: statistics, scale and bias are constants, as in detection and fine-tuning."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def frozen_batch_norm(
     mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Normalises x by given statistics, scale and bias, all of them constants to the derivative.
+    r"""Normalises x by given statistics, scale and bias, which are all constants in the derivative.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
@@ -35,11 +35,11 @@ def frozen_batch_norm(
       bias: `[C]`, or None for 0.
       axis: the feature axis or axes.
       epsilon: added to the variance; positive.
-      mask: non-negative weights, broadcastable to x: where they are zero, NaN or Inf is read as the mean.
+      mask: non-negative weights, broadcastable to x. NaN or Inf at a position of weight zero is read as the mean.
       dtype: of y; by default the promotion of x, scale and bias.
 
     Returns:
-      y, of the shape of x; its derivative is that of x alone.
+      y, of the shape of x; differentiable in x alone.
 
     Raises:
       ValueError, TypeError: as :func:`bnjax.normalize`.
@@ -63,12 +63,12 @@ def frozen_batch_norm(
 
 
 class Frozen(Normalization):
-    """Says what a FrozenBatchNorm computes: always by its running averages, which nothing changes."""
+    """Describes a FrozenBatchNorm layer: it normalises by its running averages, which no call or tool changes."""
 
     is_constant = True
 
     def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """Normalises x with statistics, scale and bias as constants of the derivative."""
+        """Normalises x by the running averages, with statistics, scale and bias as constants in the derivative."""
         return frozen_batch_norm(x, running.mean, running.var, **options)
 
     evaluation_affine = Normalization.evaluation_affine

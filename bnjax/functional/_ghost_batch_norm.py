@@ -1,4 +1,4 @@
-"""Ghost batch normalization: the statistics of small virtual batches, whatever the size of the batch."""
+"""Implements ghost batch normalization: each small virtual batch is normalised by its own statistics."""
 
 import math
 from collections.abc import Sequence
@@ -35,28 +35,29 @@ def ghost_batch_norm(
 
     .. math:: y_i = \frac{x_i - \mathrm{mean}_l}{\sqrt{\mathrm{var}_l + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    for the examples i of virtual batch l: the noise that regularises small batches, at the speed of large ones.
+    for the examples i of virtual batch l. The statistics of small batches add noise, which regularises; here a large
+    batch has that noise and is still computed at once.
 
-    y needs no word from other devices: virtual batches are cut from the examples that this program holds. Inside
-    `shard_map`, with one virtual batch per device, that is batch normalization per device. Under plain `jit`, with as
-    many virtual batches as shards, XLA exchanges no more than whether any of them needs the guard of
-    :func:`bnjax.batch_moments`; others may lie across shards too, but not with Explicit mesh axes, where JAX refuses to
-    cut an array so. Virtual batches of several devices are `bnjax.batch_norm` with the group of devices in
-    `axis_name`.
+    y needs no communication between devices: virtual batches are cut from the examples that this program holds. Inside
+    `shard_map`, with one virtual batch per device, this is batch normalization per device. Under plain `jit`, with as
+    many virtual batches as shards, XLA exchanges only whether any of them needs its second sum about the mean (see
+    :func:`bnjax.batch_moments`). With other numbers virtual batches may lie across shards, except with Explicit mesh
+    axes, where JAX refuses to cut an array that way. For virtual batches that span several devices use
+    `bnjax.batch_norm` with that group of devices in `axis_name`.
 
     Args:
-      x: `[N, ..., C]`; the first axis that is no feature axis is the one that is cut, into consecutive examples.
+      x: `[N, ..., C]`; the first axis that is not a feature axis is cut into slices of consecutive examples.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
       virtual_batch_size: examples per virtual batch; where it does not divide N, the last virtual batch is smaller.
-        With N or more there is one.
-      num_virtual_batches: how many, instead; where they do not divide N, the last ones are smaller by one. With N or
-        more there is one for each example.
+        If it is N or more, there is one virtual batch. Give this or `num_virtual_batches`.
+      num_virtual_batches: the number of virtual batches; where it does not divide N, the last ones have one example
+        less. If it is N or more, each example is a virtual batch.
       axis: the feature axis or axes; all others are reduced over.
       epsilon: added to the variance; positive.
       mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
-      axis_name: name, or names, of the mapped axes over which the returned moments are those of all devices: two
-        all-reduces of a few numbers per channel, for which y does not wait (:func:`bnjax.pool_moments`).
+      axis_name: name, or names, of the mapped axes over which the returned moments are pooled, by two all-reduces of
+        a few numbers per channel (:func:`bnjax.pool_moments`); y does not depend on them.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share these moments.
       dtype: of y; by default the promotion of x, scale and bias.
 
@@ -65,8 +66,8 @@ def ghost_batch_norm(
       batch, for the running averages.
 
     Raises:
-      ValueError: not one of `virtual_batch_size` and `num_virtual_batches` is given, or it is not positive; x has
-        feature axes only; virtual batches cross the shards of an Explicit mesh; else as :func:`bnjax.batch_norm`.
+      ValueError: not exactly one of `virtual_batch_size` and `num_virtual_batches` is given, or it is not positive; x
+        has only feature axes; virtual batches cross the shards of an Explicit mesh; else as :func:`bnjax.batch_norm`.
       TypeError: as :func:`bnjax.batch_norm`.
 
     Examples:
@@ -79,14 +80,15 @@ def ghost_batch_norm(
     References:
       Hoffer, Hubara & Soudry 2017, https://arxiv.org/abs/1705.08741, algorithm 1.
 
-    Differences: the paper's running averages take a step for each virtual batch, with its variance; here one for the
-    batch, with the variance of all rows, so that evaluation takes the variance between virtual batches into account.
+    Differences: in the paper the running averages take a step for each virtual batch, with its variance. Here they take
+    one step for the whole batch, with the variance of all rows, so that evaluation includes the variance between
+    virtual batches.
     """
     x = _axes.as_input(x)
     layout = _axes.layout_of(x, axis)
     if not layout.rows:
         raise ValueError(f"x needs an axis to cut into virtual batches; got {x.shape} with axis={axis!r}.")
-    _collectives.group_of(axis_name, axis_index_groups, x.shape)  # before the work, and says what x is
+    _collectives.group_of(axis_name, axis_index_groups, x.shape)  # raises here, where the shape of x is known
     arrays = dict(x=x, mask=_axes.as_mask(mask, x))
     vectors = dict(scale=scale, bias=bias)
     vectors = {name: _axes.as_optional(name, v, layout, x) for name, v in vectors.items()}
@@ -107,13 +109,13 @@ def ghost_batch_norm(
 
 
 class Ghost(Normalization):
-    """Says what a GhostBatchNorm computes; a module adds the two fields."""
+    """Describes a GhostBatchNorm layer to the modules and tools; a module adds the two fields."""
 
     virtual_batch_size: int | None
     num_virtual_batches: int | None
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """Normalises each virtual batch by itself; the moments are those of all rows."""
+        """Normalises each virtual batch by its own statistics; returns y and the moments of all rows."""
         options |= dict(virtual_batch_size=self.virtual_batch_size, num_virtual_batches=self.num_virtual_batches)
         return ghost_batch_norm(x, **options)
 
@@ -121,7 +123,7 @@ class Ghost(Normalization):
 
 
 def _sizes(examples: int, size: int | None, number: int | None) -> list[tuple[int, int]]:
-    """Virtual batches of equal size, as (how many, examples in each): one kind or two."""
+    """Returns pairs (number of virtual batches, examples in each): one pair, or two where they differ in size."""
     given = number if size is None else size
     if (size is None) == (number is None) or (isinstance(given, int) and given < 1):
         raise ValueError(
@@ -137,7 +139,7 @@ def _sizes(examples: int, size: int | None, number: int | None) -> list[tuple[in
 
 
 def _check_within_shards(x: jax.Array, cut: int, kinds: list[tuple[int, int]]) -> None:
-    """An explicitly sharded axis can be divided into whole parts of its shards, and not otherwise."""
+    """Raises ValueError if virtual batches would cross the shards of an Explicit mesh axis, which JAX refuses."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[cut] or ()
     shards = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
@@ -150,7 +152,7 @@ def _check_within_shards(x: jax.Array, cut: int, kinds: list[tuple[int, int]]) -
 
 
 def _piece(a: jax.Array | None, cut: int, start: int, number: int, size: int) -> jax.Array | None:
-    """The examples from start on, their axis divided into (number, size)."""
+    """Returns the examples from `start` on, with their axis reshaped to the two axes (number, size)."""
     if a is None:
         return None
     if a.shape[cut] == 1:  # a mask that is the same for all examples, or the only example
@@ -160,14 +162,25 @@ def _piece(a: jax.Array | None, cut: int, start: int, number: int, size: int) ->
 
 
 def _lead(layout: _axes.Layout) -> int:
-    """Where the virtual batches stand among the feature axes."""
+    """Returns the position of the axis of virtual batches among the feature axes."""
     return sum(a < layout.rows[0] for a in layout.features)
 
 
 def _side_by_side(
     layout: _axes.Layout, number: int, vectors: dict[str, Any], pieces: dict[str, Any], **options: Any
 ) -> tuple[jax.Array, Moments]:
-    """Virtual batches of one size: their number is one more feature axis."""
+    """Normalises virtual batches of one size at once, with the axis of virtual batches as one more feature axis.
+
+    Args:
+      layout: of x.
+      number: how many virtual batches.
+      vectors: scale and bias, each `[C]` or None.
+      pieces: x and the mask, with the axis of examples reshaped to (number, size).
+      options: epsilon and dtype, as in `batch_norm`.
+
+    Returns:
+      y in the layout of x, and moments with the axis of virtual batches at `_lead(layout)`.
+    """
     cut, lead = layout.rows[0], _lead(layout)
     axis = (*(a + (a > cut) for a in layout.features), cut)
     shape = (*layout.shape[:lead], number, *layout.shape[lead:])
@@ -179,7 +192,7 @@ def _side_by_side(
 
 
 def _merged(parts: list[Moments], lead: int) -> Moments:
-    """What `merge_moments` gives for the virtual batches, which stand on axis `lead`."""
+    """Merges the moments of virtual batches, which stand along axis `lead`, into those of all rows."""
     means, variances, counts = (jnp.concatenate(values, lead) for values in zip(*parts, strict=True))
     count = counts.sum(lead)
     share = counts / jnp.expand_dims(jnp.where(count > 0, count, 1), lead)

@@ -1,7 +1,7 @@
 """Measures a batch: weighted sums over the rows of all devices, and a guard against what rounding does to them.
 
-Sums about zero lose about mean²/var of their digits. So a batch is summed about zero first, and where that is not good
-enough in some channel, it is summed again about the mean just found:
+Sums about zero lose accuracy in proportion to mean²/var. So a batch is summed about zero first, and where that is not
+good enough in some channel, it is summed again about the mean just found:
 
     K = 0 or the rounded mean,   e = Σw(x − K) / W,   var = Σw|x − K|² / W − |e|²,   mean = K + e,   W = Σw.
 
@@ -25,17 +25,17 @@ GUARD = 16.0
 
 
 class Reduction(NamedTuple):
-    """The rows that are pooled: which axes of x, and which devices."""
+    """Holds which rows are pooled: the axes of x that are reduced over, and the devices."""
 
     layout: Layout
     group: _collectives.Group
 
 
 class Measured(NamedTuple):
-    """The moments of a batch as they were measured, none of them differentiable; per channel.
+    """Holds the measured moments of a batch, per channel, without derivatives.
 
-    Where the guard acted, everything that was squared carries the factor `unit`, so that squares of values up to 1e30
-    fit into float32.
+    Where squares of x overflow, x − K was multiplied by `unit` before it was squared, so that squares of values up to
+    1e30 fit into float32. Elsewhere `unit` is 1.
     """
 
     K: jax.Array  # what was subtracted from x: 0, or the mean rounded to a few digits less
@@ -46,10 +46,10 @@ class Measured(NamedTuple):
 
     @property
     def resolved_var(self) -> jax.Array:
-        """Returns the variance to divide by: not less than what rounding makes of e.
+        """Returns the variance to divide by: at least e²·2⁻²⁴, the size of the rounding of e squared.
 
-        In a constant channel, of whose value K is a few units off, x − K and e are equal but for rounding, and the
-        variance is 0. This keeps the difference from being magnified by 1/√ε; it changes no other channel.
+        In a constant channel K may be a few units in the last place off. Then x − K and e differ only by rounding, the
+        variance is 0, and 1/√ε would magnify that difference. No other channel is changed.
         """
         return jnp.maximum(self.var, squared(self.e) * 2.0**-24)
 
@@ -57,25 +57,26 @@ class Measured(NamedTuple):
 def averages(
     c: jax.Array, weights: jax.Array | None, reduction: Reduction, W: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """Returns Σwc/W, Σw|c|²/W and W of each channel, over the rows of all devices in the group: one all-reduce.
+    """Returns Σwc/W, Σw|c|²/W and W of each channel, over the rows of all devices in the group, by one all-reduce.
 
     Args:
       c: `[..., C]` in the dtype of the statistics, real or complex.
       weights: bool or floating, of the rank of c, or None for 1. Where they are zero c may hold NaN.
-      reduction: the rows.
-      W: the sum of the weights, where it is known; with weights only.
+      reduction: the axes and devices whose rows are pooled.
+      W: the sum of the weights if it is known already, so that it is not summed again; unused without weights.
 
     Returns:
-      Two arrays of the feature shape, and the count: a number without weights, else an array of the feature shape.
+      Two arrays of the feature shape, and the count W: a Python number without weights, else an array of
+      the feature shape.
     """
     (layout, group), rows = reduction, reduction.layout.rows
     if weights is None:
         sums = [jnp.sum(c, rows), jnp.sum(squared(c), rows)]
         count = math.prod(c.shape[a] for a in rows) * _collectives.group_size(group)
         first, second = _collectives.pool_together(sums, group)
-        n = float(max(count, 1))  # a float: more rows than an int32 counts are divided right
+        n = float(max(count, 1))  # a float, because the number of rows may exceed what an int32 holds
         return first / n, second / n, float(count)
-    known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 takes no part
+    known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 does not count
     weighted = known if weights.dtype == bool else weights * known
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
     sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows)]
@@ -89,12 +90,12 @@ def averages(
 
 
 def squared(z: jax.Array) -> jax.Array:
-    """Returns |z|², real also of a complex z."""
+    """Returns |z|² as real numbers, also for complex z."""
     return lax.square(z.real) + lax.square(z.imag) if jnp.iscomplexobj(z) else lax.square(z)
 
 
 def _weight_sum(c: jax.Array, weights: jax.Array, layout: Layout) -> jax.Array:
-    """Returns Σw per channel; an axis over which the weights are broadcast counts by its length, without being read."""
+    """Returns Σw per channel; where weights are broadcast along an axis, their sum is multiplied by its length."""
     repeats = math.prod(c.shape[a] for a in layout.rows if weights.shape[a] == 1)
     sums = jnp.sum(weights, layout.rows, dtype=c.real.dtype) * float(repeats)
     return _collectives.match(jnp.broadcast_to(sums, layout.shape), jnp.sum(c.real, layout.rows))
@@ -112,8 +113,11 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     Args:
       x: `[..., C]`, any floating or complex dtype.
       weights: as in `averages`.
-      reduction: the rows.
-      floor: a variance below this needs no accuracy of its own.
+      reduction: the axes and devices whose rows are pooled.
+      floor: a variance below this need not be accurate; it is too small to change y.
+
+    Returns:
+      `Measured`, without derivatives.
     """
     x = lax.stop_gradient(x)
     dtype = statistics_dtype(x)
@@ -123,21 +127,22 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     one = lax.full_like(var, 1)
     if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
         return Measured(e, jnp.zeros_like(e), jnp.zeros_like(var), one, count)
-    fits = var <= kind.max  # false for NaN too
+    fits = var <= kind.max  # False for NaN too
     far = ~((squared(e) <= GUARD * (var + floor)) & fits)
     K = jnp.where(far, _rounded(e), 0)
     unit = jnp.where(fits, one, _shrinking(kind, weights, count))
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
-        # The barrier keeps XLA:GPU from making a select of this conditional, which would always run both branches, and
-        # x crosses it in its own dtype, because whatever a branch is handed is written to memory.
+        """Returns e and the variance, summed again about K."""
+        # Without the barrier XLA:GPU turns this conditional into a select, which always computes both branches. x
+        # enters the branch in its own dtype, because the operands of a branch are written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
         centred = (wide - reduction.layout.expand(K)) * reduction.layout.expand(unit)
         rest, square, _ = averages(centred, *_of_sum_one(weights, count, reduction))
         return rest, jnp.maximum(square - squared(rest), 0)
 
-    # Channels that are not far keep their first sums, so that none depends on what another one holds. The selection
-    # stands outside of the conditional: inside, XLA could not merge two equal calls.
+    # Channels that are not far keep their first sums, so that no channel depends on the values in another one. Select
+    # outside of the conditional: inside, XLA cannot merge two identical calls.
     again = lax.cond(_anywhere(far), about_the_mean, lambda: (e, var))
     e, var = (jnp.where(far, new, old) for new, old in zip(again, (e, var), strict=True))
     return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), unit, count)
@@ -152,9 +157,9 @@ def _shrinking(kind: Any, weights: jax.Array | None, count: jax.Array | float) -
 def _of_sum_one(
     weights: jax.Array | None, count: jax.Array | float, reduction: Reduction
 ) -> tuple[jax.Array | None, Reduction, jax.Array | None]:
-    """Returns the arguments of `averages` for the same weights, floating ones divided by their sum.
+    """Returns the weights, reduction and W for `averages`, with floating weights divided by their sum.
 
-    Huge weights do not overflow then.
+    The division keeps huge weights from overflowing; W is 1 then.
     """
     if not isinstance(count, jax.Array) or weights is None or weights.dtype == bool:
         return weights, reduction, count if isinstance(count, jax.Array) else None
@@ -163,25 +168,26 @@ def _of_sum_one(
 
 @jax.custom_batching.custom_vmap
 def _anywhere(flags: jax.Array) -> jax.Array:
-    """Returns whether any flag is set, under `vmap` in any of the mapped batches.
+    """Returns whether any flag is set; under `vmap`, whether any flag of any mapped batch is set.
 
-    The predicate of a conditional stays one number this way, and the conditional stays one: with a batched predicate
-    JAX would compute both branches in every step of an ensemble.
+    Under `vmap` the predicate of the conditional thus stays a scalar. With a batched predicate JAX would turn the
+    conditional into a select and compute both branches in every step.
     """
     return jnp.any(flags)
 
 
 @_anywhere.def_vmap
 def _anywhere_vmap(size: int, batched: Sequence[bool], flags: jax.Array) -> tuple[jax.Array, bool]:
+    """Returns the same scalar for all mapped batches (the rule of `vmap`), and False because it is not mapped."""
     return _anywhere(flags), False
 
 
 def _rounded(mean: jax.Array) -> jax.Array:
-    """Rounds to a multiple of 8 units in the last place, through the bits.
+    """Rounds to a multiple of 8 units in the last place, by an operation on the bits.
 
-    XLA may compute K = sum/n again in the loop that writes y, and contract it with x − K unrounded: y would then use
-    another K than e does, and a constant bfloat16 channel of 99840 would give 0.65 instead of 0. XLA does not look
-    through the bits. Rounding also restores a constant of few digits exactly.
+    XLA may compute K = sum/n again in the loop that writes y, and fuse it unrounded into x − K (a fused multiply-add).
+    y would then use another K than e does, and a constant bfloat16 channel of 99840 would give 0.65 instead of 0. XLA
+    cannot do this through an operation on the bits. Rounding also restores a constant that has few digits exactly.
     """
     if jnp.iscomplexobj(mean):
         return lax.complex(_rounded(mean.real), _rounded(mean.imag))

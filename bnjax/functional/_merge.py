@@ -1,4 +1,4 @@
-"""Moments of several batches as one: given side by side, or one on each device."""
+"""Merges the moments of several batches into those of their union: given as arguments, or one on each device."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from bnjax.functional._moments import Moments
 
 
 def merge_moments(first: Moments, *others: Moments) -> Moments:
-    r"""Merges the moments of disjoint parts into those of all their rows; exact, and empty parts are neutral.
+    r"""Merges the moments of disjoint sets of rows into those of all rows, exactly.
 
     .. math::
         n = \sum n_i, \qquad m = \frac1n \sum n_i m_i, \qquad
         v = \frac1n \sum n_i \bigl(v_i + (m_i - m)^2\bigr)
 
     Args:
-      first, others: `Moments` of one feature shape (over micro-batches, calls, hosts ...).
+      first, others: `Moments`, all of one feature shape, such as those of micro-batches, calls or hosts.
 
     Returns:
       `Moments` of the union. A part with count 0 contributes nothing, whatever its mean and var (NaN too).
@@ -43,15 +43,18 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
 
 
 def _merge(p: Moments, q: Moments) -> Moments:
+    """Returns the moments of the rows of p and q together."""
     count = p.count + q.count
     whole = jnp.where(count > 0, count, 1)
-    # Both shares are divided, for 1 - share would round a small one away; the mean starts from that of the larger part.
+    # Divide for both shares: 1 - share would round a small share away. Step from the mean of the larger part, so that
+    # the correction is small.
     share_p, share_q = p.count / whole, q.count / whole
     step = q.mean - p.mean
     mean = jnp.where(p.count >= q.count, p.mean + share_q * step, q.mean - share_p * step)
     var = share_p * p.var + share_q * q.var + share_p * share_q * squared(step)
 
     def pick(a: jax.Array, b: jax.Array, both: jax.Array) -> jax.Array:
+        """Returns the merged value, or that of the other part where one part is empty."""
         return jnp.where(q.count == 0, a, jnp.where(p.count == 0, b, both))
 
     return Moments(pick(p.mean, q.mean, mean), pick(p.var, q.var, var), count)
@@ -64,21 +67,22 @@ def pool_moments(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     copies: int = 1,
 ) -> Moments:
-    r"""Pools the moments that each device has of its own rows into those of all devices; two all-reduces.
+    r"""Pools the moments that each device has of its own rows into those of all devices, by two all-reduces.
 
-    What :func:`merge_moments` gives for the devices' moments:
+    The result is that of :func:`merge_moments` for the moments of all devices i:
 
     .. math::
         n = \sum n_i, \qquad m = \frac1n \sum n_i m_i, \qquad v = \frac1n \sum n_i \bigl(v_i + (m_i - m)^2\bigr)
 
-    For running averages of all the data where each group of devices normalises by its own: normalise with the moments
-    of the group, update with those of everybody.
+    Use it where each device, or group of devices, normalises by its own moments, but the running averages shall follow
+    the data of all devices.
 
     Args:
-      moments: `Moments` of this device's rows, each `[C]`. With count 0 they contribute nothing, NaN or not.
+      moments: `Moments` of this device's rows, each `[C]`. With count 0 they contribute nothing, even if they are NaN.
       axis_name: name, or names, of the mapped axes to pool over.
       axis_index_groups: groups of indices along `axis_name`, of one size.
-      copies: how many of the devices hold the same moments: the size of the groups that they were pooled over already.
+      copies: how many devices hold the same moments, because they were pooled over groups of this size before. The
+        returned count is divided by it.
 
     Returns:
       `Moments`, the same on every device.
@@ -118,18 +122,18 @@ def moments_for_running(
     stats_axis_name: _collectives.AxisName,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Moments:
-    """Returns the moments for the running averages: those of the normalization group, or of all devices on some axes.
+    """Returns the moments for the running averages.
 
-    With `stats_axis_name` the running averages follow the rows of all devices on those axes.
+    These are the moments of the normalization group or, with `stats_axis_name`, of all devices on those axes.
 
     Args:
       moments: `Moments` that normalised the batch, each `[C]`.
       running: `[C]`, the running mean.
-      shape: of the batch, for the warning where running averages that devices share would come to differ.
-      axis_name: name, or names, of the axes over which they are pooled already.
-      stats_axis_name: name, or names, of the axes over which the running averages are those of all devices; None leaves
-        the moments as they are.
-      axis_index_groups: the groups along that axis that normalised together.
+      shape: of the batch, for the warning that running averages would come to differ between devices.
+      axis_name: name, or names, of the axes over which `moments` are pooled already.
+      stats_axis_name: name, or names, of the axes whose devices the running averages follow; None returns the moments
+        as they are.
+      axis_index_groups: the groups of indices along that axis over which `moments` are pooled already, or None.
     """
     if stats_axis_name is None:
         _collectives.warn_if_local(running, moments.mean, shape)

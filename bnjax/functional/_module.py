@@ -1,4 +1,4 @@
-"""What the modules of every framework do besides keeping variables, and no user calls."""
+"""Provides what the modules of linen and nnx need besides the public functions: checks of inputs and parameters."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from bnjax.functional._one_row import silent_if as silent_if
 
 
 def prepare(x: Any, axis: Any) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns x as an array, and the shape of its feature axes; raises for what is neither."""
+    """Returns x as an array, and its feature shape; raises if x holds no numbers or does not have the axes `axis`."""
     x = as_array("x", x)
     return x, layout_of(x, axis).shape
 
@@ -20,9 +20,17 @@ def prepare(x: Any, axis: Any) -> tuple[jax.Array, tuple[int, ...]]:
 def choose(
     name: str, own: jax.Array | None, given: jax.Array | None, shape: tuple[int, ...], x: jax.Array
 ) -> jax.Array | None:
-    """Returns the parameter of a layer, checked to have its shape, or the argument of the call in its place.
+    """Returns the scale or bias to use: the parameter of the layer, or the argument of the call, or None.
 
-    Raises ValueError where both are there, for the parameter would have no effect.
+    Args:
+      name: scale or bias, for the error.
+      own: the parameter of the layer, or None.
+      given: the argument of the call, or None.
+      shape: that the parameter must have.
+      x: the input, for the error.
+
+    Raises:
+      ValueError: both are there, so that the parameter would have no effect; or the parameter has another shape.
     """
     check_stored(shape, x, **{name: own})
     if own is not None and given is not None:

@@ -1,4 +1,4 @@
-"""Mean, variance and count of a batch."""
+"""Computes the mean, variance and count of a batch, differentiable in x."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from bnjax.functional._measure import Measured, Reduction, averages, measure, sq
 
 
 class Moments(NamedTuple):
-    r"""Mean, biased variance and count (the sum of weights) of a batch, per channel; float32 at least.
+    r"""Mean, biased variance and count (the sum of the weights) of a batch per channel, in float32 at least.
 
     .. math::
         \mathrm{count} = \sum w, \qquad \mathrm{mean} = \frac{\sum w x}{\mathrm{count}}, \qquad
@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     Attributes:
       mean: `[C]`, the feature shape; complex where x is.
       var: `[C]`, real.
-      count: `[C]`, real: rows, or the sum of their weights.
+      count: `[C]`, real: the number of rows, or the sum of their weights.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
     mean: jax.Array  # [C] (the feature shape)
     var: jax.Array  # [C]
-    count: jax.Array  # type: ignore[assignment]  # [C]; hides tuple.count, which nobody wants here
+    count: jax.Array  # type: ignore[assignment]  # [C]; hides the method tuple.count
 
 
 def batch_moments(
@@ -50,14 +50,15 @@ def batch_moments(
 
     .. math:: \mathrm{mean} = \frac1W \sum w x, \qquad \mathrm{var} = \frac1W \sum w (x - \mathrm{mean})^2
 
-    Differentiable in x to any order; no gradient flows to `mask`. One read of x and one all-reduce of at most 3C
-    numbers; one more of each where a channel lies more than 4 standard deviations from zero.
+    Differentiable in x to any order; no gradient flows to `mask`. It takes one read of x and one all-reduce of
+    at most 3C numbers, and one more of each where the mean of a channel lies more than 4 standard deviations from zero:
+    then the batch is summed again about its mean, because sums about zero would lose the digits of the variance.
 
     Args:
       x: `[..., C]`, any dtype; statistics are computed in float32 at least. A complex x has a complex mean and the
         real variance E\|x − mean\|², as in Flax.
       axis: the feature axis or axes; all others are reduced over.
-      mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero take no part,
+      mask: non-negative weights (bool, integer or float), broadcastable to x. Positions of weight zero do not count,
         even where they hold NaN or Inf. A weight that is negative, NaN or Inf is an error in a NumPy array or list; in
         a jax.Array, whose values a trace cannot see, it makes the moments of its channels NaN.
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) whose rows are pooled. None under
@@ -65,12 +66,12 @@ def batch_moments(
       axis_index_groups: groups of indices along `axis_name`, of one size, that pool among themselves.
 
     Returns:
-      `Moments(mean, var, count)`, each of the feature shape. With a count of zero, mean and var are 0. NaN where
-      float32 cannot hold the sum of the values, or the weights; a variance over 3e38 is Inf.
+      `Moments(mean, var, count)`, each of the feature shape. Where the count is zero, mean and var are 0. They are NaN
+      where float32 cannot hold the sum of the values or of the weights; a variance over 3e38 is Inf.
 
     Raises:
       ValueError: axes, mask or groups do not fit x, or `axis_name` is not bound.
-      TypeError: mask is complex.
+      TypeError: the mask is complex, or x holds no numbers.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -92,6 +93,7 @@ def batch_moments(
 
 @partial(jax.jit, static_argnums=0)
 def _batch_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None) -> Moments:
+    """Computes the moments of a batch, given checked arguments; traced once per shape."""
     batch = measure(x, weights, reduction, floor=0.0)
     rstd = scaled_rstd(batch, 0.0)
     z = (widen(x) - reduction.layout.expand(batch.K)) * reduction.layout.expand(rstd)
@@ -101,9 +103,17 @@ def _batch_moments(reduction: Reduction, x: jax.Array, weights: jax.Array | None
 def formula_of(
     batch: Measured, rstd: jax.Array, z: jax.Array, weights: jax.Array | None, reduction: Reduction
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and variance of z = (x − K)·rstd: as measured, with the derivative of the formula.
+    """Returns mean and variance of z = (x − K)·rstd, with the values measured and the derivative of the formula.
 
-    The variance is written with the measured mean, so that no sum of the formula itself is ever needed, only tangents.
+    The formula of the variance contains the measured mean, so that the sums of the formula are needed for tangents only
+    and XLA removes them from the forward pass.
+
+    Args:
+      batch: the measured moments of x.
+      rstd: `[C]`, the factor of z, a constant.
+      z: `[..., C]`.
+      weights: as in `averages`.
+      reduction: the axes and devices whose rows are pooled.
     """
     known = batch.count if isinstance(batch.count, jax.Array) else None
     mean, square, _ = averages(z, weights, reduction, known)
@@ -113,14 +123,14 @@ def formula_of(
 
 
 def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
-    """Returns 1/√(var + ε), finite also where the variance is 0 or overflows; NaN past 1e37, where it would be 0."""
+    """Returns 1/√(var + ε): finite also where var is 0 or overflows, NaN where it would underflow (std over 1e37)."""
     least = jnp.finfo(batch.var.dtype).tiny
     rstd = batch.unit * jax.lax.rsqrt(jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least))
     return jnp.where(rstd >= least, rstd, jnp.nan)
 
 
 def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array) -> Moments:
-    """Returns the moments of x as measured, with the derivative of the formula.
+    """Returns the moments of x, with the values measured and the derivative of the formula.
 
     Args:
       batch: the measured moments.
@@ -129,7 +139,8 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
       var: the formula's variance of z.
     """
     count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
-    once = jnp.minimum(batch.var / batch.unit, jnp.finfo(batch.var.dtype).max)  # or XLA divides by unit², which is 0
+    # Two divisions, kept apart by the minimum: XLA would merge them into one by unit², which underflows to 0.
+    once = jnp.minimum(batch.var / batch.unit, jnp.finfo(batch.var.dtype).max)
     return Moments(
         value_of(batch.K + batch.e / batch.unit, batch.K + mean / rstd),
         value_of(once / batch.unit, var / rstd / rstd),

@@ -1,4 +1,4 @@
-"""Moving average batch normalization (MABN): the statistics of recent batches, forward and backward."""
+"""Implements moving average batch normalization (MABN): statistics of recent batches, forward and backward."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,14 +15,14 @@ from bnjax.functional._second_moment import Operands, Scaling, estimated
 
 
 class RecentStats(NamedTuple):
-    r"""Statistics of the last m batches, the newest last, and how many there have been; float32 at least.
+    r"""Statistics of the last m batches, the newest last, and the number of batches so far; float32 at least.
 
     .. math:: \mathrm{squares}_i = \mathrm{E}[x_i^2], \qquad \mathrm{projections}_i = \mathrm{E}[d\hat x_i\, \hat x_i]
 
     Attributes:
-      squares: `[m, C]`.
-      projections: `[m, C]`, Λ of :func:`bnjax.moving_average_batch_norm`.
-      steps: `[C]`.
+      squares: `[m, C]`, the quadratic means of x.
+      projections: `[m, C]`, the values of Λ in :func:`bnjax.moving_average_batch_norm`.
+      steps: `[C]`, the number of batches so far.
 
     Examples:
       >>> import bnjax
@@ -40,11 +40,11 @@ class RecentStats(NamedTuple):
 
     @classmethod
     def start(cls, shape: tuple[int, ...], buffer_size: int) -> "RecentStats":
-        """Before the first batch.
+        """Returns the statistics as they are before the first batch.
 
         Args:
           shape: the feature shape, such as `(C,)`.
-          buffer_size: m.
+          buffer_size: m, the number of batches to average over.
 
         Returns:
           `RecentStats` of zeros.
@@ -69,25 +69,25 @@ def moving_average_batch_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    r"""Normalises x by the quadratic mean of the last m batches; for batches of one or two examples.
+    r"""Normalises x by the quadratic mean of the last m batches, for training with one or two examples per batch.
 
     .. math::
         \hat x = \frac{x}{\chi}, \quad y = r \hat x \cdot \mathrm{scale} + \mathrm{bias}, \qquad
         \chi^2 = \tfrac1m \sum_{\text{last } m} \mathrm{E}[x^2] + \epsilon, \quad
         r = \mathrm{clip}\Bigl(\frac{\chi}{\sqrt{\mathrm{var} + \epsilon}}, \frac1{r_{max}}, r_{max}\Bigr)
 
-    r moves the output to where the exponential average `var`, which evaluation uses, would have put it. r and χ are
-    constants of the derivative, and the statistic of the gradient is averaged over the same batches:
+    The factor r makes the output what the exponential average `var` would give, which evaluation uses. r and χ are
+    constants in the derivative, and the statistic Λ of the gradient is averaged over the same batches:
 
     .. math::
         dx = \frac1\chi \Bigl(d\hat x - \hat x \cdot \tfrac1m \sum_{\text{last } m} \Lambda\Bigr), \qquad
         \Lambda = \mathrm{E}[d\hat x\, \hat x]
 
-    Λ is known in the backward pass only: the gradient with respect to `recent` IS its new value. So differentiate in
-    it, keep it from the optimizer, and put the gradient in its place; call the layer once per gradient, for gradients
-    of two calls would be added. For the first `warmup` steps, and without `recent`, the batch is normalised by its own
-    quadratic mean, with r = 1: then the derivative is the exact one. Without `recent` that is an ordinary function,
-    differentiable in both modes and to any order; with it, in reverse mode only.
+    Λ is known only in the backward pass, so the gradient with respect to `recent` is the new value of `recent`.
+    Differentiate with respect to it, do not pass it to the optimizer, and replace it by its gradient. Call the layer
+    only once per gradient, because the gradients of two calls would be added. For the first `warmup` steps, and without
+    `recent`, the batch is normalised by its own quadratic mean with r = 1, and the derivative is exact. Without
+    `recent` the function is differentiable in both modes and to any order; with it, once and in reverse mode only.
 
     Args:
       x: `[..., C]`, any real dtype. The layer before should have weights of mean zero per output channel.
@@ -95,7 +95,7 @@ def moving_average_batch_norm(
       recent: `RecentStats(squares, projections, steps)`, `[m, C]`, `[m, C]` and `[C]`; or None.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
-      warmup: steps by the batch's own statistics.
+      warmup: the number of first steps that are normalised by the batch's own statistics.
       r_max: limit of r and 1/r, at least 1.
       axis: the feature axis or axes; all others are reduced over.
       epsilon: added to the quadratic mean; positive.
@@ -105,11 +105,11 @@ def moving_average_batch_norm(
       dtype: of y; by default the promotion of x, scale and bias.
 
     Returns:
-      y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean 0, and var its quadratic mean;
-      :func:`bnjax.update_running` with momentum 0.98 and `debias` makes the next `var` of them.
+      y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean is 0 and var the quadratic mean.
+      Pass them to :func:`bnjax.update_running` with momentum 0.98 and `debias` for the next `var`.
 
     Raises:
-      ValueError: r_max below 1, or `recent` of another shape; else as :func:`bnjax.batch_norm`.
+      ValueError: r_max is below 1 or `recent` has another shape; also as :func:`bnjax.batch_norm`.
       TypeError: as :func:`bnjax.batch_norm`.
 
     Examples:
@@ -127,9 +127,10 @@ def moving_average_batch_norm(
       Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838, section 4; `warmup` and `r_max` as in
       the authors' program.
 
-    Differences from the authors' program: before there are m batches the average is over those there are, there it is
-    the newest alone; r is 1 for `warmup` steps, there for 1000, because `var` starts without a bias here; and `var`
-    averages the quadratic means of the batches, there their averages over m batches once more.
+    Differences from the authors' program: until there have been m batches, the average is over those so far; in the
+    authors' program it is the newest batch alone. r is 1 for `warmup` steps, in theirs for 1000 steps; a short warm-up
+    suffices because `var` starts without a bias here. `var` averages the quadratic means of the batches; theirs
+    averages the averages over m batches.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)
@@ -150,6 +151,7 @@ def moving_average_batch_norm(
 
 
 def _check_recent(recent: RecentStats, layout: _axes.Layout) -> None:
+    """Raises ValueError unless the arrays of `recent` have the shapes [m, C], [m, C] and [C], with m at least 1."""
     shapes = [jnp.shape(a) for a in recent]
     m = shapes[0][:1]
     if not m or m == (0,) or shapes != [(*m, *layout.shape), (*m, *layout.shape), layout.shape]:
@@ -160,7 +162,11 @@ def _check_recent(recent: RecentStats, layout: _axes.Layout) -> None:
 
 
 class _RecentProjections(NamedTuple):
-    """The newest statistics in, the oldest out; backwards the average of Λ, in the first steps Λ itself."""
+    """Updates the statistics of recent batches in the backward pass; see `Rule` in `_second_moment.py`.
+
+    The newest statistics replace the oldest. The backward pass uses the average of Λ over recent batches, and during
+    warm-up the Λ of the batch itself.
+    """
 
     warmup: int
 
@@ -171,12 +177,12 @@ class _RecentProjections(NamedTuple):
 
 
 def push(buffer: jax.Array, newest: jax.Array) -> jax.Array:
-    """The buffer [m, C] with `newest` [C] as its last row."""
+    """Returns the buffer [m, C] without its first row and with `newest` [C] as its last row."""
     return jnp.concatenate([buffer[1:], newest[None].astype(buffer.dtype)])
 
 
 def average(buffer: jax.Array, steps: jax.Array) -> jax.Array:
-    """The mean of the rows that are filled after so many steps; the others hold zeros."""
+    """Returns the mean over the rows of the buffer that are filled after this many steps; the other rows hold zeros."""
     return buffer.sum(0) / jnp.clip(steps, 1, len(buffer))
 
 
@@ -187,6 +193,7 @@ def _moving_average(
     var: jax.Array,
     recent: RecentStats | None,
 ) -> tuple[jax.Array, Moments]:
+    """Computes y and the moments about zero, given checked arguments; traced once per shape."""
     reduction, epsilon, dtype, rule, r_max = static
     operands = Operands(reduction, epsilon, dtype, *arrays)
     moments = operands.moments
@@ -204,14 +211,14 @@ def _moving_average(
 
 
 def _numbers(square: jax.Array) -> jax.Array:
-    """NaN where squares overflowed: x/χ would be 0 there."""
+    """Returns the mean square with NaN in place of an overflow, because x/χ would silently be 0 there."""
     return jnp.where(jnp.isfinite(square), square, jnp.nan)
 
 
 def _factors(
     rule: _RecentProjections, r_max: float, epsilon: float, moments: Moments, var: jax.Array, recent: RecentStats
 ) -> tuple[jax.Array, jax.Array]:
-    """r/χ and 1/χ; a batch that is empty or not finite adds nothing to the average."""
+    """Returns r/χ and 1/χ, each `[C]`; an empty batch, or one that is not finite, is left out of the average."""
     squares, _, steps = lax.stop_gradient(recent)
     good = (moments.count > 0) & jnp.isfinite(moments.var)
     with_this = average(push(squares, moments.var), steps + 1)

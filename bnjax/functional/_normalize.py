@@ -1,4 +1,4 @@
-"""Batch normalization with given statistics: the evaluation mode."""
+"""Normalises by given statistics, as batch normalization does in evaluation."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ def normalize(
     mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Normalises x by the mean and variance that are given.
+    r"""Normalises x by a given mean and variance, as in evaluation.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
@@ -37,15 +37,15 @@ def normalize(
       axis: the feature axis or axes.
       epsilon: added to the variance; positive.
       mask: non-negative weights, broadcastable to x. A NaN or Inf at a position of weight zero is read as the mean;
-        everything else stands by itself.
+        the mask changes nothing else.
       dtype: of y; by default the promotion of x, scale and bias, as in Flax.
 
     Returns:
       y, of the shape of x; differentiable in every array.
 
     Raises:
-      ValueError: a shape, axis or epsilon that does not fit.
-      TypeError: complex vectors for a real x, or a dtype that cannot hold the output.
+      ValueError: a shape, axis or epsilon does not fit, or a known variance is negative or not finite.
+      TypeError: a vector is complex and x is not, or `dtype` cannot hold the output.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -76,6 +76,7 @@ def _normalize(
     bias: jax.Array | None,
     mask: jax.Array | None,
 ) -> jax.Array:
+    """Normalises x by a given mean and variance, given checked arguments; traced once per shape."""
     wide = _axes.statistics_dtype(x, mean, var)
     mean, var = mean.astype(wide), var.astype(jnp.finfo(wide).dtype)  # real also where x is complex
     a = lax.rsqrt(var + epsilon)

@@ -1,4 +1,4 @@
-"""The warning about batches of one row, whose variance is zero: y is the bias, whatever x is."""
+"""Warns about a batch with one row per channel: its variance is zero, so y is the bias whatever x is."""
 
 import math
 import warnings
@@ -13,9 +13,9 @@ _SILENT: ContextVar[bool] = ContextVar("silent", default=False)
 
 
 class OneRowWarning(UserWarning):
-    """A batch with one row per channel was normalised by its own statistics: its output is the bias alone.
+    """Warning that a batch with one row per channel was normalised by its own statistics, so that y is the bias alone.
 
-    Given when a call is traced; not in `init`, not in evaluation, and not where a mask leaves one row.
+    It is given when a call is traced. It is not given in `init`, in evaluation, or where a mask leaves one row.
 
     Examples:
       >>> import warnings, jax.numpy as jnp, bnjax
@@ -29,7 +29,7 @@ class OneRowWarning(UserWarning):
 
 @contextmanager
 def silent_if(starting: bool) -> Iterator[None]:
-    """Within it nothing is said, if `starting`: a model is often initialised with one row."""
+    """Suppresses the warning within the context if `starting`, because models are often initialised with one row."""
     token = _SILENT.set(starting or _SILENT.get())
     try:
         yield
@@ -38,7 +38,13 @@ def silent_if(starting: bool) -> Iterator[None]:
 
 
 def warn_of_one_row(shape: tuple[int, ...], layout: Layout, group: Group) -> None:
-    """Warns where all devices together hold one row: at trace time, for a count that does not depend on a mask."""
+    """Warns at trace time if all devices of the group together hold one row per channel; the mask is not looked at.
+
+    Args:
+      shape: of x.
+      layout: of x.
+      group: the devices that share statistics.
+    """
     rows = math.prod(shape[a] for a in layout.rows) * group_size(group)
     if rows != 1 or _SILENT.get() or not math.prod(layout.shape):
         return

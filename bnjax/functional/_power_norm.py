@@ -1,4 +1,4 @@
-"""Power normalization: a running quadratic mean forward, a running gradient statistic backward."""
+"""Implements power normalization: a running quadratic mean forward, a running statistic of the gradient backward."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,28 +29,29 @@ def power_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    r"""Normalises x by the running quadratic mean of the batches before: training as evaluation, without a mean.
+    r"""Normalises x by the running quadratic mean of earlier batches, in training as in evaluation, without a mean.
 
     .. math::
         \hat x = \frac{x}{\sqrt{\psi^2 + \epsilon}}, \qquad y = \hat x \cdot \mathrm{scale} + \mathrm{bias}
 
-    with :math:`\psi^2` = `var`. The derivative of :math:`\psi` is replaced by an average over steps, `projection`
-    :math:`= \nu`:
+    with :math:`\psi^2` = `var`. In the derivative, the statistic of the gradient is replaced by an average of it over
+    steps, `projection` :math:`= \nu`:
 
     .. math::
         dx = \frac{d\hat x - \nu \hat x}{\sqrt{\psi^2 + \epsilon}}, \qquad
         \nu' = \nu \cdot (1 - (1 - \alpha)\Gamma) + (1 - \alpha)\Lambda, \qquad
         \Gamma = \tfrac1W \sum w\hat x^2, \quad \Lambda = \tfrac1W \sum d\hat x\, \hat x
 
-    :math:`\nu'` is known in the backward pass only: the gradient with respect to `projection` IS its new value. So
-    differentiate in it, keep it from the optimizer, and put the gradient in its place; call the layer once per
-    gradient, for gradients of two calls would be added. Without `projection` (or as long as it is zero) x̂ is
-    differentiated with ψ constant, in both modes and to any order; with it, in reverse mode only.
+    :math:`\nu'` is known only in the backward pass, so the gradient with respect to `projection` is the new value of
+    `projection`. Differentiate with respect to it, do not pass it to the optimizer, and replace it by its gradient.
+    Call the layer only once per gradient, because the gradients of two calls would be added. Without `projection` ψ is
+    a constant in the derivative, and the function is differentiable in both modes and to any order. With it, the
+    function is differentiable once, in reverse mode; while it is zero, dx is the same as without it.
 
     Args:
       x: `[..., C]`, any real dtype.
       var: `[C]`, the running quadratic mean before this batch; starts at 1.
-      projection: `[C]`, the running ν; starts at 0. Or None.
+      projection: `[C]`, the running ν, which starts at 0; or None.
       scale: `[C]`, or None for 1.
       bias: `[C]`, or None for 0.
       gradient_momentum: α, the weight of the old ν, in [0, 1].
@@ -62,11 +63,11 @@ def power_norm(
       dtype: of y; by default the promotion of x, scale and bias.
 
     Returns:
-      y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean 0, and var its quadratic mean;
-      :func:`bnjax.update_running` with momentum 0.9 makes the next `var` of them.
+      y, of the shape of x, and the `Moments` of the batch about zero, each `[C]`: mean is 0 and var the quadratic mean.
+      Pass them to :func:`bnjax.update_running` with momentum 0.9 for the next `var`.
 
     Raises:
-      ValueError: gradient_momentum outside [0, 1]; else as :func:`bnjax.batch_norm`.
+      ValueError: gradient_momentum is outside [0, 1]; also as :func:`bnjax.batch_norm`.
       TypeError: as :func:`bnjax.batch_norm`.
 
     Examples:
@@ -103,7 +104,7 @@ def power_norm(
 
 
 class _RunningProjection(NamedTuple):
-    """ν' = ν(1 − (1 − α)Γ) + (1 − α)Λ, with Γ = rstd²·E[x²]; the backward pass uses ν."""
+    """Updates ν in the backward pass: ν' = ν(1 − (1 − α)Γ) + (1 − α)Λ with Γ = rstd²·E[x²]; dx uses the old ν."""
 
     momentum: float
 
@@ -120,6 +121,7 @@ def _power_norm(
     var: jax.Array,
     projection: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
+    """Computes y and the moments about zero, given checked arguments; traced once per shape."""
     reduction, epsilon, dtype, rule = static
     operands = Operands(reduction, epsilon, dtype, *arrays)
     moments = lax.stop_gradient(operands.moments)

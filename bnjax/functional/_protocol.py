@@ -1,7 +1,7 @@
-"""What a batch normalization layer says about itself, so that every tool can work with it.
+"""Defines the protocol by which a batch normalization layer describes itself to the tools.
 
-The modules of `bnjax.linen` and `bnjax.nnx` derive from `Normalization`. A variant overrides what differs and states
-the rest; the tools in `bnjax.tools` ask the module and know no class by its name.
+The modules of `bnjax.linen` and `bnjax.nnx` derive from `Normalization`. A variant overrides the methods that
+differ. The tools in `bnjax.tools` call these methods and never look at the name of a class.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from bnjax.functional._running import RunningStats, needs_steps
 
 
 class Normalization:
-    r"""Describes a layer: how the batch normalises, how the running averages normalise, and what they follow.
+    r"""Describes a layer to modules and tools: how it normalises in training and in evaluation, and what it averages.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    These are the answers of batch normalization. A variant derives from a module (or from this class, for
-    :func:`bnjax.batch_norm_step`) and overrides them:
+    The methods of this class describe batch normalization. A variant derives from a module (or from this class, for
+    :func:`bnjax.batch_norm_step`) and overrides those that differ:
 
     ===================== ============================================================================
     `normalize_batch`     y by the statistics of the batch, and the moments for the running averages
@@ -33,10 +33,10 @@ class Normalization:
     `is_constant`         True where no call and no tool changes the statistics
     ===================== ============================================================================
 
-    A class that overrides `normalize_batch` must state `averaged_moments` itself, one that overrides
-    `normalize_running` must state `evaluation_affine`, and one that overrides `__call__` both: what they were written
-    for before may be wrong now. Where nothing changed, `averaged_moments = bnjax.Normalization.averaged_moments` says
-    so. A tool refuses a layer that leaves it open.
+    A class that overrides `normalize_batch` must also define `averaged_moments`, one that overrides
+    `normalize_running` must define `evaluation_affine`, and one that overrides `__call__` must define both, because the
+    inherited ones may be wrong for it. Where the inherited one is right, write
+    `averaged_moments = bnjax.Normalization.averaged_moments`. Tools refuse a layer that does not define them.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -75,7 +75,7 @@ class Normalization:
             :func:`bnjax.batch_norm`.
 
         Returns:
-          y, of the shape of x, and the `Moments` that the running averages take a step towards.
+          y, of the shape of x, and the `Moments` for the step of the running averages.
         """
         return batch_norm(x, **options)
 
@@ -95,8 +95,8 @@ class Normalization:
     def averaged_moments(self, x: jax.Array, **options: Any) -> Moments:
         """Computes the moments of a batch that the running averages follow.
 
-        Moments of parts of the data are merged by :func:`bnjax.merge_moments`, so a layer without a mean returns mean 0
-        and E[x²] as var.
+        Tools merge the results of several batches by :func:`bnjax.merge_moments`. A layer without a mean therefore
+        returns mean 0 and E[x²] as var.
 
         Args:
           x: `[..., C]`.
@@ -110,11 +110,11 @@ class Normalization:
     def evaluation_affine(
         self, running: RunningStats, scale: jax.Array | None, bias: jax.Array | None, epsilon: float
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns a and c of y = a·x + c, which evaluation computes.
+        """Returns the a and c for which evaluation computes y = a·x + c.
 
         Args:
           running: the running averages, each `[C]`.
-          scale: `[C]`, what xhat is multiplied by, or None for 1.
+          scale: `[C]`, by which the standardised x is multiplied, or None for 1.
           bias: `[C]`, or None for 0.
           epsilon: added to the variance.
 
@@ -127,7 +127,7 @@ class Normalization:
         return a, c if bias is None else c + bias
 
 
-# What a class must state anew, in its own body or below it, once it overrides the method on the left.
+# What a class that overrides the method on the left must define too, in its own body or in a class derived from it.
 _MUST_STATE = {
     "normalize_batch": ("averaged_moments",),
     "normalize_running": ("evaluation_affine",),
@@ -136,33 +136,34 @@ _MUST_STATE = {
 
 
 def unstated(layer: Any) -> str:
-    """Returns what a layer leaves open about itself, as a sentence for an error; empty where it says everything."""
+    """Returns which part of the protocol a layer does not define, as a sentence for an error; else an empty one."""
     if not isinstance(layer, Normalization):
-        return f"{type(layer).__name__} is not a bnjax.Normalization, so that it does not say what it computes."
+        return f"{type(layer).__name__} is not a bnjax.Normalization, which would say what it computes."
     order = type(layer).__mro__
     defined = {name: next(i for i, c in enumerate(order) if name in vars(c)) for name in _defined_names(layer)}
     for method, statements in _MUST_STATE.items():
         for statement in statements:
             if defined.get(method, len(order)) < defined[statement]:
                 return (
-                    f"{order[defined[method]].__name__} overrides {method} and does not say what this makes of "
-                    f"{statement}. Define {statement} in it, or write {statement} = bnjax.Normalization.{statement} "
-                    "there if it is as in batch normalization."
+                    f"{order[defined[method]].__name__} overrides {method} but does not define {statement}, and "
+                    f"the inherited one may be wrong for it. Define {statement} in the class, or write {statement} = "
+                    f"bnjax.Normalization.{statement} there if it is as in batch normalization."
                 )
     return ""
 
 
 def _defined_names(layer: Any) -> list[str]:
+    """Returns the names in `_MUST_STATE` that the class of the layer has, inherited ones included."""
     names = {*_MUST_STATE, *(s for statements in _MUST_STATE.values() for s in statements)}
     return [name for name in names if hasattr(type(layer), name)]
 
 
 class AboutZero(Normalization):
-    """Says what layers without a mean have in common: their averages follow E[x²], in the place of the variance."""
+    """Describes layers that subtract no mean: their running variance follows E[x²], and their running mean is 0."""
 
     keeps_mean = False
 
     def averaged_moments(self, x: jax.Array, **options: Any) -> Moments:
-        """Returns mean 0, and E[x²] = var + mean² as var."""
+        """Returns the moments of a batch about zero: mean 0, and E[x²] = var + mean² as var."""
         moments = batch_moments(x, **options)
         return Moments(jnp.zeros_like(moments.mean), moments.var + moments.mean**2, moments.count)

@@ -1,4 +1,4 @@
-"""Running averages of the batch moments."""
+"""Updates the running averages of the batch moments."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,22 +15,22 @@ from bnjax.functional._moments import Moments
 Momentum = jax.Array | float | Callable[[jax.Array], jax.Array | float] | None
 
 
-# One row has a variance of rounding alone, less than this part of mean².
+# A batch of one row has a variance of 0 but for rounding, which is less than this part of mean².
 _ROUNDING = 2.0**-22
 
 
 class RunningStats(NamedTuple):
-    r"""Running mean and running variance, per channel; float32 at least.
+    r"""Running mean and running variance per channel, in float32 at least, and optional counts of batches.
 
     They start at :math:`\mathrm{mean} = 0, \mathrm{var} = 1`; :func:`bnjax.update_running` takes a step. The counts are
-    floats like their neighbours, so that whatever differentiates, averages or stores the tree need not know them.
+    floats like the averages, so that code that differentiates, averages or stores the tree treats all leaves alike.
 
     Attributes:
       mean: `[C]`.
       var: `[C]`, the average of the biased variances.
-      steps: `[C]`, the batches that each channel has taken; None where no average needs it.
-      skipped: `[C]`, the batches that it refused because their moments were not finite, or of which it took the mean
-        alone because they had one row; None where nobody asked.
+      steps: `[C]`, the number of batches that each channel has averaged; None where the averages do not depend on it.
+      skipped: `[C]`, the number of batches that a channel skipped because their moments were not finite, or of which it
+        averaged only the mean because they had one row; None to count nothing.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -48,7 +48,7 @@ class RunningStats(NamedTuple):
 
 
 def needs_steps(momentum: Momentum, debias: bool) -> bool:
-    """Returns whether these averages need `RunningStats.steps`."""
+    """Returns whether running averages with this momentum and debias need the counter `RunningStats.steps`."""
     return momentum is None or callable(momentum) or debias
 
 
@@ -66,27 +66,28 @@ def update_running(
         \mathrm{mean} \leftarrow m \cdot \mathrm{mean} + (1 - m)\, \mathrm{mean}_\text{batch}, \qquad
         \mathrm{var} \leftarrow m \cdot \mathrm{var} + (1 - m)\, \mathrm{var}_\text{batch}
 
-    With momentum None, :math:`m = t/(t + 1)` for the t batches so far: their plain average. With `debias`,
-    :math:`m(1 - m^t)/(1 - m^{t+1})` stands for m: the average of the batches alone, in which the values that mean and
-    var started with (0 and 1) have no weight. Both take the first batch as it is.
+    With momentum None, :math:`m = t/(t + 1)` after t batches, which makes the plain average over all batches. With
+    `debias`, m is replaced by :math:`m(1 - m^t)/(1 - m^{t+1})`, which gives the values that mean and var started with
+    (0 and 1) no weight. In both cases the averages equal the first batch after the first step.
 
-    A channel whose moments are not finite, or that no row counted in, keeps its values and its step: one bad batch
-    leaves no trace. One row says nothing about a variance: where the count is at most 1 and the variance no more than
-    rounding, the channel updates its mean and keeps its var. No gradient flows into the result.
+    A channel keeps its averages and its step if its moments are not finite or its count is zero, so that one bad batch
+    leaves no trace. One row has no variance to average: where the count is at most 1 and the variance is within
+    rounding of zero, the channel updates its mean and keeps its var. No gradient flows into the result.
 
     Args:
-      running: `RunningStats(mean, var)`, each `[C]`; with `steps`, `[C]`, wherever m depends on t.
+      running: `RunningStats(mean, var)`, each `[C]`, and also `steps`, `[C]`, where m depends on t.
       moments: `Moments` of the batch, each `[C]`.
-      momentum: the weight m of the OLD value, in [0, 1] (PyTorch's momentum is the weight of the new one), may be
-        traced (of one outside comes NaN); or a function from a channel's step t = 0, 1, ... to it (an Optax schedule);
-        or None.
-      debias: leave the starting values out of the average. Not with a function, which can do so itself.
+      momentum: the weight m of the OLD value, in [0, 1] (PyTorch's momentum is the weight of the new one); or a
+        function from the step t = 0, 1, ... of a channel to m (an Optax schedule); or None. A number may be traced, and
+        then gives NaN if it is outside [0, 1].
+      debias: leave the starting values out of the average. It is an error with a function, which can start at 0.
       unbiased_var: average var·n/(n − 1) for a batch of n rows on all devices, as PyTorch does.
 
     Returns:
-      `RunningStats`, in the dtypes of `running`, but float32 at least (an average in bfloat16 stands still as soon as
-      a step is smaller than its last digit), float64 where the moments are, and a mean that is complex where theirs is.
-      `steps` is one higher where the channel took the batch, `skipped` where it did not, or took the mean alone.
+      `RunningStats` in the dtypes of `running`, but float32 at least (an average in bfloat16 stops changing as soon as
+      a step is smaller than its last digit), float64 where the moments are, and with a complex mean where theirs is.
+      `steps` is one higher in channels that averaged the batch, and `skipped` in those that skipped it or averaged
+      only its mean.
 
     Raises:
       ValueError: the feature shapes differ, momentum lies outside [0, 1], or `steps` is missing.
@@ -107,8 +108,8 @@ def update_running(
       Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1. Kingma & Ba 2015,
       https://arxiv.org/abs/1412.6980, section 3, on the bias of an average that started at a constant.
 
-    Differences: Flax and Keras keep the biased variance, as here by default; PyTorch the unbiased one. Equinox divides
-    by 1 − mᵗ a variance that started at 1, not 0.
+    Differences: Flax and Keras average the biased variance, as this function does by default; PyTorch averages the
+    unbiased one. Equinox debiases its variance as if it had started at 0 (it divides by 1 − mᵗ), but it starts at 1.
     """
     running, moments = _axes.of_one_shape("running statistics and moments", running, moments)
     share = _share_of_new(momentum, debias, running.steps)
@@ -117,18 +118,22 @@ def update_running(
             f"running statistics must be floating, for integers would round every step away; got {running.mean.dtype} "
             f"and {running.var.dtype}. Start with jnp.zeros(shape) and jnp.ones(shape)."
         )
-    mean, var, n = (_collectives.match(lax.stop_gradient(m), running.mean) for m in moments)  # state keeps its type
+    mean, var, n = (
+        _collectives.match(lax.stop_gradient(m), running.mean) for m in moments
+    )  # the state keeps its sharding
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
-    tells_var = good & ((n > 1) | (var > _ROUNDING * squared(mean)))  # weights may be fractions and sum to 1
+    tells_var = good & ((n > 1) | (var > _ROUNDING * squared(mean)))  # many fractional weights may sum to 1
 
     def step(taken: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        """Returns the average of old and new where taken, and old elsewhere."""
         dtype = _axes.statistics_dtype(old, new)
         old, new = old.astype(dtype), new.astype(dtype)
         return jnp.where(taken, (1 - share) * old + share * new, old)
 
     def count(counter: jax.Array | None, counted: jax.Array) -> jax.Array | None:
+        """Returns the counter plus 1 where counted, or None if there is no counter."""
         return None if counter is None else counter + counted.astype(counter.dtype)
 
     counters = count(running.steps, good), count(running.skipped, (n > 0) & ~tells_var)
@@ -136,7 +141,7 @@ def update_running(
 
 
 def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> jax.Array | float:
-    """The weight 1 − m of the new values: a number, or one for each channel."""
+    """Returns the weight 1 − m of the new values: a number, or `[C]` where it depends on the step of each channel."""
     if momentum is not None and not callable(momentum):
         momentum = _axes.as_momentum(momentum)
         if not debias:
@@ -150,14 +155,17 @@ def _share_of_new(momentum: Momentum, debias: bool, steps: jax.Array | None) -> 
         return _share_of_averaged(1.0 if momentum is None else momentum, steps)
     if debias:
         raise ValueError("debias needs a constant momentum; a function of the step can start at momentum 0 itself.")
-    # One channel at a time: a schedule is written for a scalar step.
+    # Call the schedule for one channel at a time, because schedules are written for a scalar step.
     at_steps = jnp.reshape(jax.vmap(momentum)(jnp.ravel(steps)), jnp.shape(steps))
     return 1 - _axes.bounded_momentum(at_steps)
 
 
 def _share_of_averaged(momentum: jax.Array | float, t: jax.Array) -> jax.Array:
-    """(1 − m)/(1 − mᵗ⁺¹) as 1/(1 + m·(1 + m + ... + mᵗ⁻¹)): exactly 1 at t = 0, and 1/(t + 1) at m = 1."""
-    geometric = (momentum > 0) & (momentum < 1)  # the sum in brackets is t at m = 1, and does not matter at m = 0
+    """Returns the weight of batch t in the debiased average, (1 − m)/(1 − mᵗ⁺¹), for the momentum m.
+
+    It is computed as 1/(1 + m·(1 + m + ... + mᵗ⁻¹)), which is exactly 1 at t = 0 and 1/(t + 1) at m = 1.
+    """
+    geometric = (momentum > 0) & (momentum < 1)  # the inner sum is t at m = 1 and is multiplied by 0 at m = 0
     log = jnp.log1p(-jnp.where(geometric, 1 - momentum, 0.5))  # log m, without rounding m first
     batches = jnp.where(geometric, jnp.expm1(t * log) / jnp.expm1(log), t)
     return 1 / (1 + momentum * batches)

@@ -1,13 +1,14 @@
-"""Normalization by E[x²] alone, with a backward pass whose statistics are averaged over steps.
+"""Normalises by E[x²] alone, with a backward pass whose statistics are averaged over steps.
 
 The derivative of xhat = x/χ with χ² = E[x²] is dx = (dxhat − xhat·Λ)/χ, with the statistic Λ = Σ dxhat·xhat / W of the
 batch's own gradient. Power normalization and MABN put an average over recent steps in its place:
 
     dx = (dxhat − xhat·Λ')/χ.
 
-That is no transpose of a derivative: Λ' comes from other steps, so dx is not linear in dxhat but affine (with dxhat = 0
-there is still −xhat·Λ'/χ). Hence the one `custom_vjp` of this library; all around it is ordinary code. The averages
-live in a state that only the backward pass can update, and it hands out the new state as the "gradient" of the old.
+This is not the transpose of a derivative: Λ' comes from other steps, so dx is affine in dxhat and not linear (with
+dxhat = 0, −xhat·Λ'/χ remains). It therefore needs a `custom_vjp`, the only one of this library; the code around it is
+ordinary. The averages are a state that only the backward pass can update. It returns the new state as the "gradient"
+of the old one.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,12 @@ from bnjax.functional._derivative import widen
 from bnjax.functional._measure import Reduction, averages
 from bnjax.functional._moments import Moments
 
-# (state, Λ of this batch, Scaling) -> Λ', new state
+# A function (state, Λ of this batch, Scaling) -> (Λ', new state).
 Rule = Callable[[Any, jax.Array, "Scaling"], tuple[jax.Array, Any]]
 
 
 class Scaling(NamedTuple):
-    """How x is scaled, and what of the batch the backward pass wants to know; constants of the derivative."""
+    """Holds the scaling of x and the statistics of the batch for the backward pass; constants in the derivative."""
 
     rstd: jax.Array  # [C], 1/χ
     square: jax.Array  # [C], E[x²] of this batch
@@ -37,7 +38,7 @@ class Scaling(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arguments that every variant of this kind has, checked."""
+    """Holds the checked arguments that power normalization and MABN have in common."""
 
     reduction: Reduction
     epsilon: float
@@ -49,22 +50,28 @@ class Operands(NamedTuple):
 
     @property
     def readable(self) -> jax.Array:
-        """x, with NaN and Inf at positions of weight zero read as 0."""
+        """Returns x with 0 in place of NaN and Inf at positions of weight zero."""
         return self.x if self.mask is None else jnp.where(_axes.takes_part(self.mask) | jnp.isfinite(self.x), self.x, 0)
 
     @property
     def moments(self) -> Moments:
-        """Returns moments about zero: mean 0 and var = Σwx²/W, pooled over devices. No cancellation, so no guard."""
+        """Returns moments about zero: mean 0 and var = Σwx²/W, pooled over devices; sums of squares lose no digits."""
         _, square, count = averages(widen(self.x), self.mask, self.reduction)
         return Moments(jnp.zeros_like(square), square, jnp.full_like(square, count))
 
     def vector(self, name: str, v: jax.Array) -> jax.Array:
-        """A running statistic: `[C]`, constant."""
+        """Returns a running statistic `[C]` without gradient, in the dtype of the statistics."""
         v = lax.stop_gradient(_axes.as_vector(name, v, self.reduction.layout))
         return v.astype(_axes.statistics_dtype(self.x, v))
 
     def apply(self, factor: jax.Array, through: Callable[..., jax.Array] | None = None, *state: Any) -> jax.Array:
-        """Returns y = x·factor·scale + bias; `through` may change what flows back to x."""
+        """Returns y = x·factor·scale + bias.
+
+        Args:
+          factor: `[C]`.
+          through: called with x and `state`; returns x with another derivative. None for the ordinary one.
+          state: further arguments of `through`.
+        """
         a = factor if self.scale is None else factor * self.scale.astype(factor.dtype)
         c = jnp.zeros_like(a) if self.bias is None else self.bias.astype(a.dtype)
         a, c = map(self.reduction.layout.expand, _collectives.vary_together((a, c), self.x))
@@ -81,10 +88,18 @@ class Operands(NamedTuple):
 def estimated(
     rule: Rule, reduction: Reduction, x: jax.Array, mask: jax.Array | None, scaling: Scaling, state: Any
 ) -> jax.Array:
-    """x in the dtype of the statistics; backwards the term with Λ' is taken off, and `state` gets the new state.
+    """Returns x in the dtype of the statistics, with a backward pass that subtracts the term with Λ'.
 
-    With dx̃ the gradient that arrives here, that of x̃ = x in y = x̃·rstd·scale + bias, everything is free of scale:
+    Let dx̃ be the gradient that arrives here: that of x̃ = x in y = x̃·rstd·scale + bias. Then scale need not be known:
     Λ = Σ dxhat·xhat/W = Σ dx̃·x/W and dx = dx̃ − w·x·rstd²·Λ'.
+
+    Args:
+      rule: computes Λ' and the new state from the old state and Λ.
+      reduction: the axes and devices whose rows are pooled.
+      x: `[..., C]`.
+      mask: the weights, or None.
+      scaling: rstd, E[x²] and the count of the batch.
+      state: the averages, whose gradient is the new state.
     """
     return x.astype(scaling.rstd.dtype)
 
@@ -92,10 +107,12 @@ def estimated(
 def _estimated_fwd(
     rule: Rule, reduction: Reduction, x: jax.Array, mask: jax.Array | None, scaling: Scaling, state: Any
 ) -> tuple[jax.Array, Any]:
+    """Returns the value of `estimated`, and what its backward pass needs."""
     return estimated(rule, reduction, x, mask, scaling, state), (x, mask, scaling, state)
 
 
 def _estimated_bwd(rule: Rule, reduction: Reduction, kept: Any, dx: jax.Array) -> tuple[Any, ...]:
+    """Returns dx, None for mask and scaling, and the new state (the old one where the batch is not finite)."""
     x, mask, scaling, state = kept
     layout, W = reduction.layout, scaling.count
     wide = x.astype(dx.dtype)
@@ -111,7 +128,7 @@ def _estimated_bwd(rule: Rule, reduction: Reduction, kept: Any, dx: jax.Array) -
 
 
 def _of_all(new: jax.Array, old: jax.Array) -> jax.Array:
-    """A state that devices share stays one: the mean over those whose batches were normalised apart."""
+    """Returns the new state averaged over devices that normalised separately, so that a shared state stays shared."""
     missing = tuple(sorted(_collectives.varying(new) - _collectives.varying(old)))
     return (lax.pmean(new, missing) if missing else new).astype(old.dtype)
 

@@ -1,4 +1,4 @@
-"""ShuffleBN: rows permuted across devices before an encoder, and back after it."""
+"""Permutes rows across devices before an encoder and back after it (shuffling BN, for contrastive learning)."""
 
 from typing import TypeVar
 
@@ -12,28 +12,29 @@ Tree = TypeVar("Tree")
 
 
 def shuffle(rows: Tree, key: jax.Array, *, axis_name: _collectives.AxisName = None) -> Tree:
-    r"""Permutes the rows of all devices together, so that a query and its key are normalised in different company.
+    r"""Permutes the rows of all devices together, so that a query and its key are normalised in different batches.
 
     .. math:: \mathrm{shuffle}(x)_i = x_{\pi(i)}
 
     with a uniformly random permutation π of the rows of the whole batch, drawn from `key`. In contrastive learning a
-    network can tell the positive pair by the statistics that both were normalised with. Layers that normalise per
-    device (`axis_name=None` in the encoder) or per virtual batch (:class:`bnjax.linen.GhostBatchNorm`) then leave no
-    such trace: `keys = unshuffle(encoder(shuffle(x, key)), key)`.
+    network can recognise the positive pair by the statistics that both were normalised with. After a shuffle, layers
+    that normalise per device (`axis_name=None` in the encoder) or per virtual batch
+    (:class:`bnjax.linen.GhostBatchNorm`) do not reveal it: `keys = unshuffle(encoder(shuffle(x, key)), key)`.
 
     Args:
-      rows: `[N, ...]`, an array or a tree of them (images and a mask, say) whose first axes are the rows of this
-        device; all are permuted alike.
+      rows: `[N, ...]`, an array or a tree of arrays (such as images and a mask) whose first axis holds the rows of this
+        device; all arrays are permuted in the same way.
       key: a key of `jax.random`, the same on all devices and new in every step.
-      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that the batch is spread over; one
-        all-gather. None on one device, and under plain `jit`, where the rows of the whole array are permuted.
+      axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that the batch is spread over; takes
+        one all-gather. None on one device, and under plain `jit`, where the rows of the whole array are permuted.
 
     Returns:
-      The rows, in the shapes they came in; differentiable.
+      The permuted rows, in the shapes of `rows`; differentiable.
 
     Raises:
       ValueError: the arrays differ in their number of rows, `axis_name` is not bound, or the key differs between
-        devices (where that can be seen: `shard_map` with `check_vma`).
+        devices (which is seen only in `shard_map` with `check_vma`).
+      TypeError: `key` is not a key.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bnjax
@@ -49,17 +50,17 @@ def shuffle(rows: Tree, key: jax.Array, *, axis_name: _collectives.AxisName = No
 
 
 def unshuffle(rows: Tree, key: jax.Array, *, axis_name: _collectives.AxisName = None) -> Tree:
-    r"""The exact inverse of :func:`shuffle` with the same key.
+    r"""Undoes :func:`shuffle` with the same key, exactly.
 
     .. math:: \mathrm{unshuffle}(x)_{\pi(i)} = x_i
 
     Args:
-      rows: `[N, ...]`, an array or a tree of them, such as what an encoder made of shuffled rows.
-      key: the key that shuffled.
-      axis_name: the name that shuffled.
+      rows: `[N, ...]`, an array or a tree of them, such as what an encoder computed from shuffled rows.
+      key: the key that was given to `shuffle`.
+      axis_name: the `axis_name` that was given to `shuffle`.
 
     Returns:
-      The rows in the order from before.
+      The rows in the order that they had before `shuffle`.
 
     Raises:
       ValueError: as :func:`shuffle`.
@@ -78,6 +79,7 @@ def unshuffle(rows: Tree, key: jax.Array, *, axis_name: _collectives.AxisName = 
 
 
 def _permuted(rows: Tree, key: jax.Array, axis_name: _collectives.AxisName, inverse: bool) -> Tree:
+    """Returns the rows of all devices in the order drawn from `key`, or with `inverse` in the order from before."""
     shapes = [jnp.shape(a) for a in jax.tree.leaves(rows)]
     if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(f"rows must be arrays of one number of rows, their first axis; got shapes {shapes}.")

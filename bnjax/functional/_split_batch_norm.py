@@ -1,4 +1,4 @@
-"""Batch normalization with statistics of their own for each of several domains: clean and adversarial images, say."""
+"""Implements split batch normalization: separate statistics for each domain, such as clean and adversarial images."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -35,22 +35,22 @@ def split_batch_norm(
     .. math::
         y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
 
-    The running averages have a row for each domain: :func:`bnjax.update_split_running` updates one,
+    The running averages have a row for each domain: :func:`bnjax.update_split_running` updates one row and
     :func:`bnjax.split_normalize` normalises by one.
 
     Args:
       x: `[..., C]`, the rows of one domain.
-      domain: which one, 0 to D − 1; an integer, which may be traced.
+      domain: the domain of these rows, an integer from 0 to D − 1, which may be traced.
       scale: `[D, C]`, or `[C]` for all domains, or None for 1.
       bias: `[D, C]`, or `[C]` for all domains, or None for 0.
       axis, epsilon, mask, axis_name, axis_index_groups, dtype: see :func:`bnjax.batch_norm`.
 
     Returns:
-      y, of the shape of x, and the `Moments` of the batch, each `[C]`. With a traced domain that is none of the D, y is
-      NaN where it depends on one.
+      y, of the shape of x, and the `Moments` of the batch, each `[C]`. If a traced domain is outside 0 to D − 1,
+      y is NaN where it depends on the domain (through scale or bias).
 
     Raises:
-      ValueError: a domain that is none of the D; else as :func:`bnjax.batch_norm`.
+      ValueError: a known domain is outside 0 to D − 1; also as :func:`bnjax.batch_norm`.
       TypeError: as :func:`bnjax.batch_norm`.
 
     Examples:
@@ -95,14 +95,14 @@ def split_normalize(
 
     Args:
       x: `[..., C]`.
-      domain: 0 to D − 1; an integer, which may be traced.
-      mean, var: `[D, C]`.
+      domain: the domain of these rows, an integer from 0 to D − 1, which may be traced.
+      mean, var: `[D, C]`, the running averages.
       scale, bias: `[D, C]`, or `[C]` for all domains, or None.
       axis: the feature axis or axes.
       options: those of :func:`bnjax.normalize`.
 
     Returns:
-      y, of the shape of x; NaN for a traced domain that is none of the D.
+      y, of the shape of x; NaN for a traced domain outside 0 to D − 1.
 
     Raises:
       ValueError, TypeError: as :func:`bnjax.split_batch_norm`.
@@ -122,7 +122,7 @@ def split_normalize(
 
 
 def update_split_running(running: RunningStats, moments: Moments, domain: Domain, **options: Any) -> RunningStats:
-    r"""One step of the running averages of one domain d; the others stay as they are.
+    r"""Takes one step of the running averages of domain d; those of the other domains stay as they are.
 
     .. math::
         \mathrm{mean}_d \leftarrow m \cdot \mathrm{mean}_d + (1 - m)\, \mathrm{mean}_\text{batch}, \qquad
@@ -131,14 +131,14 @@ def update_split_running(running: RunningStats, moments: Moments, domain: Domain
     Args:
       running: `RunningStats`, each `[D, C]`.
       moments: `Moments` of a batch of the domain, each `[C]`.
-      domain: 0 to D − 1; an integer, which may be traced (for another, nothing changes).
+      domain: an integer from 0 to D − 1, which may be traced; if a traced one is outside, nothing changes.
       options: those of :func:`bnjax.update_running`, such as `momentum` for m.
 
     Returns:
       `RunningStats`, each `[D, C]`.
 
     Raises:
-      ValueError: as :func:`bnjax.update_running`, or a domain that is none of the D.
+      ValueError: a known domain is outside 0 to D − 1; also as :func:`bnjax.update_running`.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -154,7 +154,7 @@ def update_split_running(running: RunningStats, moments: Moments, domain: Domain
 
 
 def _row(v: jax.Array | None, domain: Domain, shape: tuple[int, ...]) -> jax.Array | None:
-    """The domain's part of a vector that may be shared."""
+    """Returns the row of a vector `[D, C]` for the domain, or the vector itself if all domains share it."""
     if v is None or jnp.shape(v) == shape:
         return v
     if jnp.shape(v)[1:] != shape:
@@ -168,6 +168,7 @@ def at_domain(stored: Tree, domain: Domain) -> Tree:
     """Returns row `domain` of each array [D, ...] of the tree; NaN for a traced domain outside 0 to D − 1."""
 
     def row(rows: jax.Array) -> jax.Array:
+        """Returns row `domain` of one array."""
         index = _index(domain, len(rows))
         return jnp.asarray(rows).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
@@ -175,15 +176,17 @@ def at_domain(stored: Tree, domain: Domain) -> Tree:
 
 
 def set_domain(stored: Tree, domain: Domain, new: Tree) -> Tree:
-    """Returns the arrays [D, ...] of the tree with `new` in row `domain`; unchanged for a traced one out of range."""
+    """Returns the arrays [D, ...] of the tree with `new` in row `domain`; unchanged if a traced domain is outside."""
 
     def with_row(rows: jax.Array, row: jax.Array) -> jax.Array:
+        """Returns one array with `row` in row `domain`."""
         return jnp.asarray(rows).at[_index(domain, len(rows))].set(row, mode="drop", wrap_negative_indices=False)
 
     return jax.tree.map(with_row, stored, new)
 
 
 def _index(domain: Domain, number: int) -> jax.Array:
+    """Returns the domain as an int32 scalar; raises ValueError unless it is one integer from 0 to number − 1."""
     index = _axes.as_array("domain", domain)
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(
@@ -196,5 +199,5 @@ def _index(domain: Domain, number: int) -> jax.Array:
 
 
 def take_row(v: jax.Array | None, domain: Domain, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns row `domain` of an array of this shape `[D, C]`; another one, shared by all domains, as it is."""
+    """Returns row `domain` of v if its shape is `shape`, `(D, C)`, and v itself if all domains share it."""
     return at_domain(v, domain) if v is not None and v.shape == shape else v

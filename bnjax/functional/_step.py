@@ -1,4 +1,4 @@
-"""One call of a layer, as a function: all that a module of any framework does besides keeping variables."""
+"""Computes one call of a layer as a function: all that a module of any framework does besides storing variables."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _BATCH_NORM = Normalization()
 
 
 class Step(NamedTuple):
-    r"""The result of one call of a layer.
+    r"""Result of one call of a layer: the output, the moments of the batch and the new running averages.
 
     Attributes:
       y: of the shape of x.
@@ -65,33 +65,36 @@ def batch_norm_step(
         y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}, \qquad
         \mathrm{running} \leftarrow m \cdot \mathrm{running} + (1 - m)\,(\mathrm{mean}, \mathrm{var})
 
-    with the mean and var of the batch, or of `running` where `use_running_average`. The modules of `bnjax.linen` and
-    `bnjax.nnx` are this function and their variables; an Equinox, Haiku or plain JAX layer can be the same.
+    where mean and var are those of the batch, or with `use_running_average` those of `running`, which then stays as it
+    is. The modules of `bnjax.linen` and `bnjax.nnx` store variables and call this function; a layer in Equinox, Haiku
+    or plain JAX can do so too.
 
     Args:
       x: `[..., C]`, any dtype.
       running: `RunningStats(mean, var)`, each `[C]`; they start at 0 and 1.
-      scale: `[C]`, or of the rank of x and broadcastable to it, such as `[N, 1, 1, C]` for one per example; or None.
-      bias: likewise.
+      scale: `[C]`, or of the rank of x and broadcastable to it, such as `[N, 1, 1, C]` for one per example; or None
+        for 1.
+      bias: of the same shapes as scale, or None for 0.
       use_running_average: normalise by the running averages (evaluation) instead of by the batch (training).
       update_stats: whether a call that normalises by the batch updates the running averages; may be traced.
-      variant: which batch normalization; see :class:`bnjax.Normalization`.
+      variant: how the layer normalises, by default batch normalization; see :class:`bnjax.Normalization`.
       axis: the feature axis or axes; all others are reduced over.
       momentum, debias, unbiased_var: as in :func:`bnjax.update_running`.
       epsilon: added to the variance; positive.
       mask: non-negative weights, broadcastable to x; see :func:`bnjax.batch_norm`.
       axis_name: name, or names, of the mapped axes that share statistics.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
-      stats_axis_name: name, or names, of the mapped axes over which the running averages follow all devices.
+      stats_axis_name: name, or names, of the mapped axes whose devices the running averages follow, where fewer devices
+        share the statistics that normalise; None for the devices that share them.
       dtype: of y; by default the promotion of x, scale and bias.
-      scale_offset: added to scale, in float32 at least: 1 makes 1 + scale of it.
+      scale_offset: added to scale, in float32 at least: with 1 the layer multiplies by 1 + scale.
 
     Returns:
       `Step(y, moments, running)`.
 
     Raises:
       ValueError, TypeError: as :func:`bnjax.batch_norm`, :func:`bnjax.normalize` and :func:`bnjax.update_running`; or
-        a flag that is no bool.
+        a flag is not a bool.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax

@@ -31,6 +31,7 @@ VERBS = set(
     Searches Selects Sends Sets Shares Shifts Shows Shuffles Simulates Skips Sorts Splits Stacks Standardizes Starts
     Stops Stores Strips Subtracts Sums Swaps Takes Tells Times Traces Trains Transforms Transposes Tries Truncates
     Turns Undoes Updates Uses Validates Visits Waits Walks Warns Widens Wraps Writes Yields
+    Initialises Names Normalises Standardises Suppresses
     """,
     )
 )
