@@ -1,4 +1,4 @@
-"""Batch normalization as flax.linen modules."""
+"""Collects batch normalization and its variants as flax.linen modules."""
 
 from bnjax.linen.batch_norm import BatchNorm as BatchNorm
 from bnjax.linen.batch_renorm import BatchRenorm as BatchRenorm

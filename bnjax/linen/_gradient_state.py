@@ -1,4 +1,4 @@
-"""Variables that the backward pass updates: their gradient is their new value."""
+"""Makes variables that the backward pass updates: the gradient of such a variable is its new value."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,14 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 
 def gradient_state(module: nn.Module, start: Mapping[str, jax.Array]) -> dict[str, jax.Array] | None:
-    """The module's variables of these names, or None where the collection was not passed; made in `init`."""
+    """Returns the values of a module's variables that the backward pass updates, or None if they were not passed.
+
+    They are in the collection `_overwrite_with_gradient` and are created in `init`.
+
+    Args:
+      module: the layer.
+      start: the value at which each variable starts, by name.
+    """
     there = all(module.has_variable(OVERWRITE_WITH_GRADIENT, name) for name in start)
     if not (there or module.is_initializing()):
         return None

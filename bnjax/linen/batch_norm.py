@@ -1,4 +1,4 @@
-"""`BatchNorm` for flax.linen: creates the variables, calls the functional step, stores the result."""
+"""Defines `BatchNorm` for flax.linen, which creates the variables, calls the functional step and stores the result."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,28 +14,29 @@ from bnjax.functional import Moments, Normalization, RunningStats, Step, _module
 
 
 class BatchNorm(Normalization, nn.Module):
-    r"""Batch normalization; a drop-in for `flax.linen.BatchNorm`.
+    r"""Batch normalization as a drop-in for `flax.linen.BatchNorm`.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    In training mean and var are those of the batch (:func:`bnjax.batch_norm`) and the running averages in the
-    collection `batch_stats` take a step (:func:`bnjax.update_running`); with `use_running_average` they are the running
-    averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are Flax's: `params/{scale, bias}`,
-    `batch_stats/{mean, var}`, each of the feature shape; checkpoints of either load in the other.
+    In training, mean and var are those of the batch (:func:`bnjax.batch_norm`), and the running averages in the
+    collection `batch_stats` take a step (:func:`bnjax.update_running`). With `use_running_average`, mean and var are
+    the running averages (:func:`bnjax.normalize`). Variables, names, shapes and defaults are those of Flax:
+    `params/{scale, bias}` and `batch_stats/{mean, var}`, each of the feature shape, so that checkpoints of bnjax load
+    in Flax and those of Flax in bnjax.
 
-    Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether this
-    call updates the running ones, and an Optax mask whether scale and bias train.
+    Three independent controls: `use_running_average` says which statistics normalise, `update_stats` whether this
+    call updates the running averages, and an Optax mask whether scale and bias train.
 
-    With `mutable=["moments"]` the moments of the batch are merged into the collection of that name, `{mean, var,
-    count}` per layer: over several calls, if it is passed back in, exactly those of all the rows.
-    :func:`bnjax.tools.apply_moments` makes one update of the running averages of them.
+    With `mutable=["moments"]` the moments of the batch are merged into the collection `moments`, which has `{mean, var,
+    count}` per layer. If the collection is passed to the next call, it then holds exactly the moments of the rows of
+    both calls. :func:`bnjax.tools.apply_moments` makes one update of the running averages from it.
 
     Attributes:
       use_running_average: normalise with the running averages; here or at the call.
       axis: the feature axis or axes.
       momentum: the weight of the OLD running value, in [0, 1]; or a function from the step 0, 1, ... to it (an Optax
-        schedule); or None for the plain average over all batches. The last two, and `debias`, count batches in one more
-        variable, `batch_stats/steps`; a checkpoint without it loads, and counts from 0.
+        schedule); or None for the plain average over all batches. A function, None and `debias` count batches in one
+        more variable, `batch_stats/steps`; a checkpoint without it loads, and counts from 0.
       epsilon: added to the variance; positive.
       dtype: of the output; by default the promotion of x, scale and bias.
       param_dtype: of scale and bias.
@@ -46,26 +47,27 @@ class BatchNorm(Normalization, nn.Module):
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
         plain `jit`, where a sharded batch is normalised by its global statistics anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
-      use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
-      force_float32_reductions: statistics are always computed in float32 at least; False only makes the running
-        averages start in `param_dtype`, so that such a checkpoint of Flax loads.
-      scale_offset: added to the scale, own or given: with 1.0 the layer multiplies by 1 + scale, and weight decay pulls
-        towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
+      use_fast_variance: accepted because Flax has it, and ignored: the variance is always fast and accurate.
+      force_float32_reductions: statistics are always computed in float32 at least. False only makes the running
+        averages start in `param_dtype`, so that a Flax checkpoint that was made with False loads.
+      scale_offset: added to the scale, to the parameter as to an argument of the call: with 1.0 the layer multiplies by
+        1 + scale, and weight decay pulls the factor towards 1. `scale_init` still gives the factor at the start, so the
+        parameter starts at that minus the offset.
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
       unbiased_var: average var·n/(n − 1), as PyTorch does.
-      stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
-        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
-        small all-reduces more. Without it, running averages follow the statistics that normalise.
-      count_skipped: count in one more variable, `batch_stats/skipped`, the batches that a channel's running averages
-        refused because its moments were NaN or Inf, or of which they took the mean alone because there was one row;
-        `bnjax.tools.inspect` shows it.
-      stats_dtype: of the running mean as it starts, at least float32; by default that of the x of `init`: float64 for
-        float64, complex where x is. The averages follow a wider x later on too, except in `lax.scan`, whose carry may
-        not change its dtype.
+      stats_axis_name: name, or names, of the mapped axes whose devices the running averages follow, where fewer devices
+        share the statistics that normalise: with `axis_name` None, one axis of several, or `axis_index_groups`. It
+        costs two more small all-reduces. With None, the running averages follow the statistics that normalise.
+      count_skipped: count in one more variable, `batch_stats/skipped`, the batches that the running averages of a
+        channel skipped because its moments were NaN or Inf, or of which they averaged only the mean because there was
+        one row; `bnjax.tools.inspect` shows the count.
+      stats_dtype: dtype in which the running mean starts, at least float32; by default that of x in `init`: float64 for
+        float64, complex for complex x. If a later x has a wider dtype the averages take it too, except in `lax.scan`,
+        whose carry may not change its dtype.
 
     Raises:
-      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` at the call of a
-        layer that has its own.
+      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `scale` or `bias` is given at the
+        call of a layer that has that parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bnjax
@@ -103,7 +105,7 @@ class BatchNorm(Normalization, nn.Module):
     stats_dtype: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Keeps Flax from recording the methods of the protocol, in variants too, as calls of the module."""
+        """Wraps protocol methods of a subclass by `nn.nowrap`, so that Flax does not record them as module calls."""
         for name in set(vars(cls)) & set(vars(Normalization)):
             if callable(vars(cls)[name]):
                 nn.nowrap(vars(cls)[name])
@@ -125,14 +127,14 @@ class BatchNorm(Normalization, nn.Module):
         During `init` the running averages stay as they start and no axis needs to be bound.
 
         Args:
-          x: `[..., C]`; where it is complex so is the running mean, as in Flax.
-          use_running_average: normalise with the running averages rather than with those of the batch.
+          x: `[..., C]`; where it is complex, so is the running mean, as in Flax.
+          use_running_average: normalise by the running averages rather than by the statistics of the batch.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
-          update_stats: whether a call in training mode updates the running averages; may be traced. False needs no
-            mutable collection.
-          scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
-            such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
-          bias: likewise.
+          update_stats: whether a call in training mode updates the running averages; may be traced. With False no
+            collection needs to be mutable.
+          scale: used instead of the parameter, with `use_scale=False`: `[C]`, or of the rank of x and broadcastable to
+            it, such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
+          bias: used instead of the parameter, with `use_bias=False`; of the same shapes as scale.
 
         Returns:
           y, of the shape of x.
@@ -151,7 +153,7 @@ class BatchNorm(Normalization, nn.Module):
             self._store(variables, step.running)
         return step.y
 
-    # The parts of a call, in its order. SplitBatchNorm puts them together with a row of each variable in between.
+    # The steps of a call, in order. SplitBatchNorm calls the same steps and selects the row of its domain in between.
 
     @nn.nowrap
     def _evaluates(self, use_running_average: bool | None) -> bool:
@@ -163,7 +165,7 @@ class BatchNorm(Normalization, nn.Module):
 
     @nn.nowrap
     def _statistics(self, x: jax.Array, shape: tuple[int, ...], evaluates: bool) -> tuple[Any, ...]:
-        """Returns the variables of `RunningStats`, made in `init`; None for a counter that is not needed."""
+        """Returns the variables of `RunningStats`, which `init` creates; None for a counter that is not needed."""
         starting = self.is_initializing() or self.is_mutable_collection("batch_stats")
         if not (starting or self.has_variable("batch_stats", "mean")):
             raise ValueError(
@@ -190,15 +192,15 @@ class BatchNorm(Normalization, nn.Module):
     def _scale_and_bias(
         self, x: jax.Array, shape: tuple[int, ...], scale: jax.Array | None, bias: jax.Array | None
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns the parameters, made in `init`, or what the call gave in their place."""
+        """Returns scale and bias: the parameters, which `init` creates, or the arguments of the call, or None."""
 
-        def scale_init(*args: Any) -> Any:  # inside of a box such as nn.Partitioned, if there is one
+        def scale_init(*args: Any) -> Any:  # tree.map reaches into a box such as nn.Partitioned
             return jax.tree.map(lambda v: v - self.scale_offset, self.scale_init(*args))
 
         given = {"scale": scale, "bias": bias}
         for name, init, use in (("scale", scale_init, self.use_scale), ("bias", self.bias_init, self.use_bias)):
             there = meta.unbox(self.get_variable("params", name))
-            _module.check_stored(shape, x, **{name: there})  # Flax's own error is neither of value nor of type
+            _module.check_stored(shape, x, **{name: there})  # Flax would raise an error that is no ValueError
             own = self.param(name, init, shape, self.param_dtype) if use else None
             given[name] = _module.choose(name, own, given[name], shape, x)
         return given["scale"], given["bias"]
@@ -217,14 +219,14 @@ class BatchNorm(Normalization, nn.Module):
         """Calls the functional step with the fields of the module."""
         starting = self.is_initializing()
         groups: dict[str, Any] = {}
-        if not starting:  # axes are bound in training alone
+        if not starting:  # `init` may run where the axes are not bound
             groups = {k: getattr(self, k) for k in ("axis_name", "axis_index_groups", "stats_axis_name")}
         if not isinstance(update_stats, jax.Array):
             update_stats = _module.as_flag("update_stats", update_stats)
         updates = not (starting or evaluates or update_stats is False)
         if updates and not self.is_mutable_collection("batch_stats"):
             raise ValueError(
-                f"{self._described()} is to update its running averages, and batch_stats may not change here. Call "
+                f"{self._described()} is to update its running averages, but batch_stats is not mutable here. Call "
                 'model.apply(..., mutable=["batch_stats"]), which returns (y, updates), to keep the updates; '
                 "or pass use_running_average=True to evaluate, or update_stats=False."
             )
@@ -250,27 +252,27 @@ class BatchNorm(Normalization, nn.Module):
 
     @nn.nowrap
     def _gathers_moments(self) -> bool:
-        """Returns whether `mutable` names the collection moments; True, or all but a few, as in `init`, does not."""
+        """Returns whether the caller named the collection moments in `mutable`; `mutable=True` does not count."""
         mutable = self.scope.mutable if self.scope is not None else False
         return not isinstance(mutable, (bool, DenyList)) and in_filter(mutable, "moments")
 
     @nn.nowrap
     def _gathered(self, moments: Moments, shape: tuple[int, ...]) -> list[Any]:
-        """Returns the variables of the collection moments: those of all calls since it was empty."""
+        """Returns the variables of the collection moments, which hold the merged moments of the calls so far."""
         return [self.variable("moments", k, jnp.zeros, shape, v.dtype) for k, v in moments._asdict().items()]
 
     @nn.nowrap
     def _store(self, variables: Any, values: Any) -> None:
-        """Puts the values into the variables."""
+        """Writes values to variables; a variable that is None is left out."""
         for variable, value in zip(variables, values, strict=True):
             if variable is not None:
                 variable.value = value
 
     @nn.nowrap
     def _described(self) -> str:
-        """Returns the class and path of the layer, for an error."""
+        """Returns the class and path of the layer, for errors."""
         return f"{type(self).__name__} at {'/'.join(self.path) or 'the top level'}"
 
-    # __call__ above computes what the protocol says of batch normalization.
+    # These state that __call__ computes what the inherited methods describe; see `Normalization`.
     averaged_moments = nn.nowrap(Normalization.averaged_moments)
     evaluation_affine = nn.nowrap(Normalization.evaluation_affine)

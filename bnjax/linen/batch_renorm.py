@@ -1,4 +1,4 @@
-"""`BatchRenorm` for flax.linen."""
+"""Defines `BatchRenorm` for flax.linen."""
 
 from bnjax.functional import renorm_d_max, renorm_r_max
 from bnjax.functional._batch_renorm import Limit, Renorm
@@ -6,21 +6,22 @@ from bnjax.linen.batch_norm import BatchNorm
 
 
 class BatchRenorm(Renorm, BatchNorm):
-    r"""Batch renormalization: training by the batch, corrected towards the running averages.
+    r"""Batch renormalization: x is normalised by its batch and corrected towards the running averages.
 
     .. math::
         y = \Bigl(\frac{x - \mathrm{mean}_B}{\sigma_B} \cdot r + d\Bigr) \cdot \mathrm{scale} + \mathrm{bias}
 
-    with r and d, clipped, from the moments of the batch and the running averages: :func:`bnjax.batch_renorm`.
-    Evaluation and variables are those of :class:`bnjax.linen.BatchNorm`; where a limit depends on the step, batches are
-    counted in one more, steps.
+    where r and d are computed from the moments of the batch and the running averages, and clipped; see
+    :func:`bnjax.batch_renorm`. Evaluation and variables are those of :class:`bnjax.linen.BatchNorm`; where a limit
+    depends on the step, one more variable, `steps`, counts the batches.
 
     Attributes:
-      r_max: limit of r and 1/r: a number, or a function from the step 0, 1, ... to it; by default the paper's,
-        :func:`bnjax.renorm_r_max`: 1 for 5000 steps, to 3 at step 40 000.
-      d_max: limit of d, likewise: 0 for 5000 steps, to 5 at step 25 000.
+      r_max: limit of r and 1/r: a number, or a function from the step 0, 1, ... to the limit. The default is that of
+        the paper, :func:`bnjax.renorm_r_max`: 1 for 5000 steps, then linear to 3 at step 40 000.
+      d_max: limit of \|d\|: a number, or a function from the step to the limit. The default is that of the paper,
+        :func:`bnjax.renorm_d_max`: 0 for 5000 steps, then linear to 5 at step 25 000.
 
-    The others are those of :class:`bnjax.linen.BatchNorm`. The default momentum, 0.99, is the paper's.
+    The other attributes are those of :class:`bnjax.linen.BatchNorm`. The default momentum, 0.99, is the paper's.
 
     Raises:
       ValueError: as :func:`bnjax.batch_renorm` and :class:`bnjax.linen.BatchNorm`.
@@ -30,7 +31,7 @@ class BatchRenorm(Renorm, BatchNorm):
       >>> norm, x = bnjax.linen.BatchRenorm(r_max=3.0, d_max=5.0), jnp.array([[1.0], [2.0]])
       >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
       >>> y, updates = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-      >>> print(jnp.round(y, 2).ravel())  # as the running averages, 0 and 1, would
+      >>> print(jnp.round(y, 2).ravel())  # what the running averages 0 and 1 give
       [1. 2.]
 
     References:

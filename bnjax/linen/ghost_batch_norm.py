@@ -1,26 +1,27 @@
-"""`GhostBatchNorm` for flax.linen."""
+"""Defines `GhostBatchNorm` for flax.linen."""
 
 from bnjax.functional._ghost_batch_norm import Ghost
 from bnjax.linen.batch_norm import BatchNorm
 
 
 class GhostBatchNorm(Ghost, BatchNorm):
-    r"""Batch normalization by the statistics of virtual batches.
+    r"""Batch normalization by the statistics of virtual batches, which are slices of consecutive examples.
 
     .. math:: y_i = \frac{x_i - \mathrm{mean}_l}{\sqrt{\mathrm{var}_l + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    for the examples i of virtual batch l: :func:`bnjax.ghost_batch_norm`. Variables, evaluation and the running
-    averages, which are those of all rows, as in :class:`bnjax.linen.BatchNorm`.
+    for the examples i of virtual batch l; see :func:`bnjax.ghost_batch_norm`. Variables and evaluation are those of
+    :class:`bnjax.linen.BatchNorm`; the running averages follow the moments of all rows.
 
     Attributes:
       virtual_batch_size: examples per virtual batch; the last one may be smaller.
-      num_virtual_batches: how many, instead, in what each device holds.
-      axis_name: the mapped axes over which the running averages are those of everybody; y needs no other device.
+      num_virtual_batches: the number of virtual batches in the examples of each device, instead of their size.
+      axis_name: name, or names, of the mapped axes whose devices the running averages follow; y is computed on each
+        device by itself.
 
-    The others are those of :class:`bnjax.linen.BatchNorm`.
+    The other attributes are those of :class:`bnjax.linen.BatchNorm`.
 
     Raises:
-      ValueError: not one of the two is given, or as :class:`bnjax.linen.BatchNorm`.
+      ValueError: not exactly one of the two is given; also as :class:`bnjax.linen.BatchNorm`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bnjax

@@ -1,4 +1,4 @@
-"""`MovingAverageBatchNorm` for flax.linen."""
+"""Defines `MovingAverageBatchNorm` for flax.linen."""
 
 from typing import Any
 
@@ -17,22 +17,22 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     .. math:: y = r \cdot \frac{x}{\chi} \cdot \mathrm{scale} + \mathrm{bias}
 
-    forward and backward as in :func:`bnjax.moving_average_batch_norm`. Variables as in
+    forward and backward as in :func:`bnjax.moving_average_batch_norm`. The variables are those of
     :class:`bnjax.linen.BatchNorm`; `batch_stats/var` holds the running quadratic mean and `batch_stats/mean` zeros.
     The layer before should have weights of mean zero per output channel.
 
     The statistics of the last m batches, `_overwrite_with_gradient/{squares, projections, steps}`, are updated by the
-    backward pass: their gradient IS their new value. `flax.training.train_state.TrainState` puts it there, given
-    `params` and this collection together as its params. Without the collection each batch is normalised by itself.
+    backward pass: the gradient of each is its new value. `flax.training.train_state.TrainState` stores it if its params
+    are `params` and this collection together. Without the collection each batch is normalised by its own statistics.
 
     Attributes:
       momentum: the weight of the OLD running quadratic mean.
-      debias: leave the starting value out of it.
-      buffer_size: m; the paper simulates a batch of m times the size.
-      warmup: steps by the batch's own statistics.
+      debias: leave the starting value out of the running quadratic mean.
+      buffer_size: m; the statistics are like those of a batch of m times the size.
+      warmup: the number of first steps that are normalised by the batch's own statistics.
       r_max: limit of r and 1/r.
 
-    The others are those of :class:`bnjax.linen.BatchNorm`.
+    The other attributes are those of :class:`bnjax.linen.BatchNorm`.
 
     Raises:
       ValueError: see :func:`bnjax.moving_average_batch_norm`.
@@ -61,15 +61,18 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     @nn.nowrap
     def _recent(self, running: RunningStats) -> RecentStats | None:
+        """Returns the statistics of recent batches, or None if their collection was not passed."""
         state = gradient_state(self, RecentStats.start(running.var.shape, self.buffer_size)._asdict())
         return None if state is None else RecentStats(**state)
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises x by the statistics of recent batches, which the backward pass updates."""
         options |= dict(warmup=self.warmup, r_max=self.r_max)
         return moving_average_batch_norm(x, running.var, self._recent(running), **options)
 
     def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        self._recent(running)  # `init` makes it in evaluation too
+        """Normalises x by the running quadratic mean."""
+        self._recent(running)  # creates the collection if `init` runs in evaluation mode
         return super().normalize_running(x, running, **options)
 
     averaged_moments = AboutZero.averaged_moments

@@ -1,4 +1,4 @@
-"""`PowerNorm` for flax.linen."""
+"""Defines `PowerNorm` for flax.linen."""
 
 from typing import Any
 
@@ -18,18 +18,18 @@ class PowerNorm(AboutZero, BatchNorm):
 
     .. math:: y = \frac{x}{\sqrt{\psi^2 + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    with the running quadratic mean of the batches before: :func:`bnjax.power_norm`. Variables as in
+    where ψ² is the running quadratic mean of earlier batches; see :func:`bnjax.power_norm`. The variables are those of
     :class:`bnjax.linen.BatchNorm`; `batch_stats/var` holds ψ² and `batch_stats/mean` zeros.
 
     The running statistic of the gradient, `_overwrite_with_gradient/projection`, is updated by the backward pass: its
-    gradient IS its new value. `flax.training.train_state.TrainState` puts it there, given `params` and this collection
-    together as its params. Without the collection the backward pass takes ψ as a constant.
+    gradient is its new value. `flax.training.train_state.TrainState` stores it if its params are `params` and this
+    collection together. Without the collection ψ is a constant in the derivative.
 
     Attributes:
       momentum: the weight of the OLD running quadratic mean.
       gradient_momentum: the weight of the OLD running statistic of the gradient.
 
-    The others are those of :class:`bnjax.linen.BatchNorm`.
+    The other attributes are those of :class:`bnjax.linen.BatchNorm`.
 
     Raises:
       ValueError: see :func:`bnjax.power_norm`.
@@ -55,15 +55,18 @@ class PowerNorm(AboutZero, BatchNorm):
 
     @nn.nowrap
     def _projection(self, running: RunningStats) -> jax.Array | None:
+        """Returns the running statistic of the gradient, or None if its collection was not passed."""
         state = gradient_state(self, {"projection": jnp.zeros(running.var.shape, jnp.float32)})
         return None if state is None else state["projection"]
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises x by the running quadratic mean before this batch."""
         options |= dict(gradient_momentum=self.gradient_momentum)
         return power_norm(x, running.var, self._projection(running), **options)
 
     def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        self._projection(running)  # `init` makes it in evaluation too
+        """Normalises x by the running quadratic mean."""
+        self._projection(running)  # creates the collection if `init` runs in evaluation mode
         return super().normalize_running(x, running, **options)
 
     averaged_moments = AboutZero.averaged_moments

@@ -1,4 +1,4 @@
-"""`SplitBatchNorm` for flax.linen."""
+"""Defines `SplitBatchNorm` for flax.linen."""
 
 from typing import Any
 
@@ -12,24 +12,25 @@ from bnjax.linen.batch_norm import BatchNorm
 
 
 class SplitBatchNorm(BatchNorm):
-    r"""Batch normalization with statistics of their own for each of several domains.
+    r"""Batch normalization with separate statistics, scale and bias for each of several domains.
 
     .. math::
         y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
 
-    for a batch of domain d, in training by its own moments, in evaluation by the running averages of the domain:
-    :func:`bnjax.split_batch_norm`. A call updates those of its domain alone. Names and kinds of the variables are those
-    of :class:`bnjax.linen.BatchNorm`, with one more axis in front: a row for each domain.
+    for a batch of domain d. mean and var are those of the batch in training and the running averages of the domain in
+    evaluation; see :func:`bnjax.split_batch_norm`. A call in training updates the running averages of its domain only.
+    The variables have the names and kinds of those of :class:`bnjax.linen.BatchNorm` and one more axis in front, with a
+    row for each domain.
 
     Attributes:
-      num_domains: D; two by default, as clean and adversarial images.
-      domain: which one, 0 to D − 1; here or at the call.
-      shared_affine: one scale and bias for all domains, `[C]`.
+      num_domains: D; 2 by default, such as clean and adversarial images.
+      domain: the domain of the rows, 0 to D − 1; here or at the call.
+      shared_affine: whether all domains share one scale and one bias, `[C]`.
 
-    The others are those of :class:`bnjax.linen.BatchNorm`.
+    The other attributes are those of :class:`bnjax.linen.BatchNorm`.
 
     Raises:
-      ValueError: a domain that is none of the D, or as :class:`bnjax.linen.BatchNorm`.
+      ValueError: a known domain is outside 0 to D − 1; also as :class:`bnjax.linen.BatchNorm`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bnjax
@@ -42,7 +43,7 @@ class SplitBatchNorm(BatchNorm):
 
     References:
       Xie et al. 2020 (AdvProp), https://arxiv.org/abs/1911.09665, section 4; Chang et al. 2019 (DSBN),
-      https://arxiv.org/abs/1906.03950, section 3.2. Both give every domain its own scale and bias.
+      https://arxiv.org/abs/1906.03950, section 3.2. Both papers give every domain its own scale and bias.
     """
 
     num_domains: int = 2
@@ -65,13 +66,13 @@ class SplitBatchNorm(BatchNorm):
 
         Args:
           x: `[..., C]`.
-          domain: which one, 0 to D − 1; a number, or a traced integer.
+          domain: the domain of the rows, 0 to D − 1: a number, or a traced integer.
           use_running_average, mask, update_stats, scale, bias: see :class:`bnjax.linen.BatchNorm`.
 
         Returns:
           y, of the shape of x; NaN for a traced domain outside 0 to D − 1.
         """
-        here: Any = merge_param("domain", self.domain, domain)  # typed as an object, for an int and an array
+        here: Any = merge_param("domain", self.domain, domain)  # Any, because it is an int or an array
         x, row = _module.prepare(x, self.axis)
         shape = (self.num_domains, *row)
         evaluates = self._evaluates(use_running_average)

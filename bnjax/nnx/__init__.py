@@ -1,4 +1,4 @@
-"""Batch normalization as flax.nnx modules."""
+"""Collects batch normalization and its variants as flax.nnx modules."""
 
 from bnjax.nnx._gradient_state import OverwriteWithGradient as OverwriteWithGradient
 from bnjax.nnx.batch_norm import BatchNorm as BatchNorm

@@ -1,14 +1,15 @@
-"""Variables that the backward pass updates: their gradient is their new value."""
+"""Defines the variables that the backward pass updates: the gradient of such a variable is its new value."""
 
 import jax
 from flax import nnx
 
 
 class OverwriteWithGradient(nnx.Variable[jax.Array]):
-    """A statistic of the gradient, whose own gradient is its new value: `nnx.update` it with that.
+    """Variable for a statistic of the gradient, whose gradient is its new value.
 
-    Take the gradient in parameters and in these, `nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))`, give
-    the optimizer the parameters' part and `nnx.update(model, ...)` the other.
+    Differentiate with respect to parameters and these variables, by
+    `nnx.DiffState(0, nnx.Any(nnx.Param, OverwriteWithGradient))`. Pass the gradients of the parameters to the
+    optimizer, and those of these variables to `nnx.update(model, ...)`.
 
     Args:
       value: the statistic: `projection` `[C]` of :class:`PowerNorm`, or `recent` of :class:`MovingAverageBatchNorm`.

@@ -1,4 +1,4 @@
-"""Variables of nnx modules: how they start, and how they are written."""
+"""Initialises and writes the variables of nnx modules."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,19 +18,19 @@ _CAPTURED = (
 
 
 def static(value: Any) -> Any:
-    """Returns lists as tuples, for a graphdef that hashes."""
+    """Returns a field with its lists converted to tuples, nested ones too, so that the graphdef can be hashed."""
     return tuple(map(static, value)) if isinstance(value, (list, tuple)) else value
 
 
 def minus(start: Any, offset: float) -> Any:
-    """Subtracts the offset from what an initializer returned, inside of the metadata that may be around it."""
+    """Subtracts the offset from the array that an initializer returned, which metadata may wrap."""
     if isinstance(start, VariableMetadata):
         return dataclasses.replace(start, raw_value=start.raw_value - offset)
     return start - offset if offset else start
 
 
 def write(module: nnx.Module, values: Mapping[str, jax.Array | None]) -> None:
-    """Puts the values that are not None into the module's variables of those names, in their shapes."""
+    """Writes values to the module's variables of the same names, in the shapes of these; a None is left out."""
     for name, value in values.items():
         if value is None:
             continue
@@ -39,7 +39,7 @@ def write(module: nnx.Module, values: Mapping[str, jax.Array | None]) -> None:
         try:
             if isinstance(variable.get_raw_value(), jax.Array) and value.dtype == variable.dtype:
                 variable[...] = value
-            else:  # NumPy's, from a checkpoint, would be overwritten; a wider dtype would be rounded down
+            else:  # assignment in place would change a NumPy array of a checkpoint, and round a wider dtype
                 variable.set_value(value)
         except TraceContextError as error:
             error.add_note(_CAPTURED)

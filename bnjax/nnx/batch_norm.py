@@ -1,4 +1,4 @@
-"""`BatchNorm` for flax.nnx: holds the variables, calls the functional step, stores the result."""
+"""Defines `BatchNorm` for flax.nnx, which holds the variables, calls the functional step and stores the result."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,26 +18,27 @@ from bnjax.nnx._variables import minus, static, write
 
 
 class BatchNorm(Normalization, nnx.Module):
-    r"""Batch normalization; a drop-in for `flax.nnx.BatchNorm`.
+    r"""Batch normalization as a drop-in for `flax.nnx.BatchNorm`.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    After `.train()` mean and var are those of the batch (:func:`bnjax.batch_norm`) and the running averages take a step
-    (:func:`bnjax.update_running`); after `.eval()` they are the running averages (:func:`bnjax.normalize`). Variables,
-    names, shapes and defaults are Flax's: `nnx.Param` scale and bias, `nnx.BatchStat` mean and var; states of either
-    load in the other.
+    After `.train()`, mean and var are those of the batch (:func:`bnjax.batch_norm`), and the running averages take a
+    step (:func:`bnjax.update_running`). After `.eval()`, mean and var are the running averages
+    (:func:`bnjax.normalize`). Variables, names, shapes and defaults are those of Flax: `nnx.Param` scale and bias, and
+    `nnx.BatchStat` mean and var, so that states of bnjax load in Flax and those of Flax in bnjax.
 
-    Three controls, each by itself: `use_running_average` says which statistics normalise, `update_stats` whether a call
-    updates the running ones, and the filter of the optimizer whether scale and bias train.
+    Three independent controls: `use_running_average` says which statistics normalise, `update_stats` whether a call
+    updates the running averages, and the filter of the optimizer whether scale and bias train.
 
     Args:
-      num_features: size of the feature axis. With several feature axes their sizes in a tuple, in the order of the
-        axes of x; or, as in Flax, their product: then the variables are flat.
-      use_running_average: normalise with the running averages; here, by `.train()` and `.eval()`, or at the call.
+      num_features: size of the feature axis. With several feature axes, a tuple of their sizes in the order of the axes
+        of x; or their product, as in Flax, and then the variables are flat.
+      use_running_average: normalise by the running averages; set here, by `.train()` and `.eval()`, or at the call.
       axis: the feature axis or axes.
       momentum: the weight of the OLD running value, in [0, 1]; or a function from the step 0, 1, ... to it (an Optax
-        schedule); or None for the plain average over all batches. The last two, and `debias`, count batches in one more
-        `nnx.BatchStat`, steps; a state without it loads by `nnx.update`, and the count goes on from where it was.
+        schedule); or None for the plain average over all batches. A function, None and `debias` count batches in one
+        more `nnx.BatchStat`, `steps`. A state without it loads by `nnx.update`, and the count goes on from its present
+        value.
       epsilon: added to the variance; positive.
       dtype: of the output; by default the promotion of x, the statistics, scale and bias.
       param_dtype: of scale and bias.
@@ -48,30 +49,31 @@ class BatchNorm(Normalization, nnx.Module):
       axis_name: name, or names, of the mapped axes (`shard_map`, `pmap`, `vmap`) that share statistics. None under
         plain `jit`, where a sharded batch is normalised by its global statistics anyway.
       axis_index_groups: groups of indices along `axis_name`, of one size, that share statistics.
-      use_fast_variance: accepted for Flax's sake; both settings are fast and exact here.
-      promote_dtype: asked for the dtype of the output only; the statistics are never cast down.
-      rngs: the key of scale and bias is taken from its stream `params`.
+      use_fast_variance: accepted because Flax has it, and ignored: the variance is always fast and accurate.
+      promote_dtype: called only to find the dtype of the output; the statistics are never cast down.
+      rngs: source of the keys of scale and bias, its stream `params`.
       bias_metadata: metadata of the variable bias.
       scale_metadata: metadata of the variable scale.
-      update_stats: whether calls that normalise by the batch update the running averages; here, by `set_attributes`,
-        `nnx.view`, or at the call.
-      scale_offset: added to the scale, own or given: with 1.0 the layer multiplies by 1 + scale, and weight decay pulls
-        towards 1. `scale_init` still says what it multiplies by at first: the variable starts at that less the offset.
+      update_stats: whether calls that normalise by the batch update the running averages; set here, by `set_attributes`
+        or `nnx.view`, or at the call.
+      scale_offset: added to the scale, to the parameter as to an argument of the call: with 1.0 the layer multiplies by
+        1 + scale, and weight decay pulls the factor towards 1. `scale_init` still gives the factor at the start, so the
+        parameter starts at that minus the offset.
       debias: leave the starting values 0 and 1 out of the running averages; see :func:`bnjax.update_running`.
       unbiased_var: average var·n/(n − 1), as PyTorch does.
-      stats_axis_name: name, or names, of the mapped axes over which the running averages are those of everybody, where
-        fewer share the statistics that normalise: `axis_name` None, one axis of several, or `axis_index_groups`. Two
-        small all-reduces more. Without it, running averages follow the statistics that normalise.
-      count_skipped: count in one more `nnx.BatchStat`, skipped, the batches that a channel's running averages refused
-        because its moments were NaN or Inf, or of which they took the mean alone because there was one row;
-        `bnjax.tools.inspect` shows it.
-      stats_dtype: of the running mean as it starts, at least float32: complex64 where x will be complex, float64 where
-        it will be that. The averages follow a wider x later on too, except in `lax.scan`, whose carry may not change
-        its dtype.
+      stats_axis_name: name, or names, of the mapped axes whose devices the running averages follow, where fewer devices
+        share the statistics that normalise: with `axis_name` None, one axis of several, or `axis_index_groups`. It
+        costs two more small all-reduces. With None, the running averages follow the statistics that normalise.
+      count_skipped: count in one more `nnx.BatchStat`, `skipped`, the batches that the running averages of a channel
+        skipped because its moments were NaN or Inf, or of which they averaged only the mean because there was one row;
+        `bnjax.tools.inspect` shows the count.
+      stats_dtype: dtype in which the running mean starts, at least float32: pass complex64 if x will be complex, and
+        float64 if x will be float64. If a later x has a wider dtype the averages take it too, except in `lax.scan`,
+        whose carry may not change its dtype.
 
     Raises:
-      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or a `num_features` that is not that of
-        x; or `scale` or `bias` at the call of a layer that has its own.
+      ValueError: see :func:`bnjax.batch_norm` and :func:`bnjax.update_running`; or `num_features` does not fit x; or
+        `scale` or `bias` is given at the call of a layer that has that parameter.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -90,8 +92,8 @@ class BatchNorm(Normalization, nnx.Module):
     References:
       Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
 
-    Differences: Flax casts the running statistics to `dtype` before it normalises, pools per-device masked means
-    unweighted, and keeps NaN for ever.
+    Differences: Flax casts the running statistics to `dtype` before it normalises, averages the masked means of devices
+    without their counts, and keeps a NaN in the running averages for ever.
     """
 
     def __init__(
@@ -156,7 +158,15 @@ class BatchNorm(Normalization, nnx.Module):
         bias: tuple[initializers.Initializer, Mapping[str, Any]],
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the statistics, of one shape, and scale and bias, of another."""
+        """Creates the variables.
+
+        Args:
+          stats_shape: of the running statistics.
+          shape: of scale and bias.
+          count_skipped: whether there is a counter `skipped`.
+          scale, bias: the initializer and the metadata of each.
+          rngs: source of the keys.
+        """
         wide = jnp.promote_types(self.stats_dtype, jnp.float32)
         self.mean = nnx.BatchStat(jnp.zeros(stats_shape, wide))
         self.var = nnx.BatchStat(jnp.ones(stats_shape, jnp.finfo(wide).dtype))
@@ -185,15 +195,15 @@ class BatchNorm(Normalization, nnx.Module):
 
         Args:
           x: `[..., C]`; where it is complex, the running mean becomes complex with the first update.
-          use_running_average: normalise with the running averages rather than with those of the batch; before what the
-            constructor said.
+          use_running_average: normalise by the running averages rather than by the statistics of the batch. It takes
+            precedence over the field of the module.
           mask: non-negative weights (bool, integer or float), broadcastable to x; see :func:`bnjax.batch_norm`.
-          update_stats: whether a call that normalises by the batch updates the running averages, which may be traced;
-            before what the constructor said. With False the module is only read: it may be captured by `jax.grad`,
-            `jax.jit` ...
-          scale: in place of the parameter (`use_scale=False`): `[C]`, or of the rank of x and broadcastable to it,
-            such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
-          bias: likewise.
+          update_stats: whether a call that normalises by the batch updates the running averages; may be traced. It
+            takes precedence over the field of the module. With False the module is only read, so that functions under
+            `jax.grad` or `jax.jit` may capture it.
+          scale: used instead of the parameter, with `use_scale=False`: `[C]`, or of the rank of x and broadcastable to
+            it, such as `[N, 1, 1, C]` for one per example (conditional batch normalization).
+          bias: used instead of the parameter, with `use_bias=False`; of the same shapes as scale.
 
         Returns:
           y, of the shape of x.
@@ -208,10 +218,10 @@ class BatchNorm(Normalization, nnx.Module):
         return step.y
 
     def set_view(self, use_running_average: bool | None = None, update_stats: bool | None = None) -> None:
-        """Sets what `nnx.view` asks for.
+        """Sets the fields that `nnx.view` passes, where they are not None.
 
         Args:
-          use_running_average: normalise with the running averages rather than with those of the batch.
+          use_running_average: normalise by the running averages rather than by the statistics of the batch.
           update_stats: whether calls that normalise by the batch update the running averages.
         """
         if use_running_average is not None:
@@ -219,15 +229,15 @@ class BatchNorm(Normalization, nnx.Module):
         if update_stats is not None:
             self.update_stats = update_stats
 
-    # The parts of a call. SplitBatchNorm puts them together with a row of each variable in between.
+    # The steps of a call. SplitBatchNorm calls the same steps and selects the row of its domain in between.
 
     def _running(self, shape: tuple[int, ...], x: jax.Array) -> RunningStats:
-        """Returns the running averages and the counters that there are."""
+        """Returns the running averages, and the counters that the module has."""
         values: Any = (self._read(name, shape, x) for name in RunningStats._fields)
         return RunningStats(*values)
 
     def _read(self, name: str, shape: tuple[int, ...], x: jax.Array) -> jax.Array | None:
-        """Returns the value of a variable in the given shape, also where it is flat; None where there is none."""
+        """Returns the value of a variable, reshaped to the given shape if it is flat; None if it does not exist."""
         variable = getattr(self, name, None)
         if variable is None:
             return None
@@ -279,7 +289,7 @@ class BatchNorm(Normalization, nnx.Module):
             unbiased_var=self.unbiased_var,
         )
 
-    # __call__ above computes what the protocol says of batch normalization.
+    # These state that __call__ computes what the inherited methods describe; see `Normalization`.
     averaged_moments = Normalization.averaged_moments
     evaluation_affine = Normalization.evaluation_affine
 

@@ -1,4 +1,4 @@
-"""`BatchRenorm` for flax.nnx."""
+"""Defines `BatchRenorm` for flax.nnx."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,21 @@ from bnjax.nnx.batch_norm import BatchNorm
 
 
 class BatchRenorm(Renorm, BatchNorm):
-    r"""Batch renormalization: training by the batch, corrected towards the running averages.
+    r"""Batch renormalization: x is normalised by its batch and corrected towards the running averages.
 
     .. math::
         y = \Bigl(\frac{x - \mathrm{mean}_B}{\sigma_B} \cdot r + d\Bigr) \cdot \mathrm{scale} + \mathrm{bias}
 
-    with r and d, clipped, from the moments of the batch and the running averages: :func:`bnjax.batch_renorm`.
-    Evaluation and variables are those of :class:`bnjax.nnx.BatchNorm`; where a limit depends on the step, batches are
-    counted in one more, steps.
+    where r and d are computed from the moments of the batch and the running averages, and clipped; see
+    :func:`bnjax.batch_renorm`. Evaluation and variables are those of :class:`bnjax.nnx.BatchNorm`; where a limit
+    depends on the step, one more variable, `steps`, counts the batches.
 
     Args:
-      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
-      r_max: limit of r and 1/r: a number, or a function from the step 0, 1, ... to it; by default the paper's,
-        :func:`bnjax.renorm_r_max`: 1 for 5000 steps, to 3 at step 40 000.
-      d_max: limit of d, likewise: 0 for 5000 steps, to 5 at step 25 000.
+      num_features: size of the feature axis, or sizes of several; see :class:`bnjax.nnx.BatchNorm`.
+      r_max: limit of r and 1/r: a number, or a function from the step 0, 1, ... to the limit. The default is that of
+        the paper, :func:`bnjax.renorm_r_max`: 1 for 5000 steps, then linear to 3 at step 40 000.
+      d_max: limit of \|d\|: a number, or a function from the step to the limit. The default is that of the paper,
+        :func:`bnjax.renorm_d_max`: 0 for 5000 steps, then linear to 5 at step 25 000.
       fields: those of :class:`bnjax.nnx.BatchNorm`. The default momentum, 0.99, is the paper's.
 
     Raises:
@@ -32,7 +33,7 @@ class BatchRenorm(Renorm, BatchNorm):
       >>> import jax.numpy as jnp, bnjax
       >>> from flax import nnx
       >>> norm = bnjax.nnx.BatchRenorm(1, r_max=3.0, d_max=5.0, rngs=nnx.Rngs(0))
-      >>> print(jnp.round(norm(jnp.array([[1.0], [2.0]])), 2).ravel())  # as the running averages, 0 and 1, would
+      >>> print(jnp.round(norm(jnp.array([[1.0], [2.0]])), 2).ravel())  # what the running averages 0 and 1 give
       [1. 2.]
 
     References:

@@ -1,20 +1,21 @@
-"""`FrozenBatchNorm` for flax.nnx."""
+"""Defines `FrozenBatchNorm` for flax.nnx."""
 
 from bnjax.functional._frozen_batch_norm import Frozen
 from bnjax.nnx.batch_norm import BatchNorm
 
 
 class FrozenBatchNorm(Frozen, BatchNorm):
-    r"""Batch normalization as a constant: for detection and fine-tuning on few images.
+    r"""Batch normalization with constant statistics, scale and bias, for detection and fine-tuning on few images.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    with the running averages, which no call changes, and with scale and bias, which have no gradient:
+    with the running averages, which no call changes, and with scale and bias, whose gradients are zero; see
     :func:`bnjax.frozen_batch_norm`. The variables are those of :class:`bnjax.nnx.BatchNorm`, whose checkpoints load. An
     optimizer that decays weights changes them without a gradient: leave them out of it
     (:func:`bnjax.tools.decay_mask`).
 
-    The arguments are those of :class:`bnjax.nnx.BatchNorm`; what concerns training has no effect, nor has `.train()`.
+    The arguments are those of :class:`bnjax.nnx.BatchNorm`; those that concern training, and
+    `.train()`, have no effect.
 
     Raises:
       ValueError: as :func:`bnjax.normalize`.

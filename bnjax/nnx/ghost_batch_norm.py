@@ -1,4 +1,4 @@
-"""`GhostBatchNorm` for flax.nnx."""
+"""Defines `GhostBatchNorm` for flax.nnx."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,22 +8,22 @@ from bnjax.nnx.batch_norm import BatchNorm
 
 
 class GhostBatchNorm(Ghost, BatchNorm):
-    r"""Batch normalization by the statistics of virtual batches.
+    r"""Batch normalization by the statistics of virtual batches, which are slices of consecutive examples.
 
     .. math:: y_i = \frac{x_i - \mathrm{mean}_l}{\sqrt{\mathrm{var}_l + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    for the examples i of virtual batch l: :func:`bnjax.ghost_batch_norm`. Variables, evaluation and the running
-    averages, which are those of all rows, as in :class:`bnjax.nnx.BatchNorm`.
+    for the examples i of virtual batch l; see :func:`bnjax.ghost_batch_norm`. Variables and evaluation are those of
+    :class:`bnjax.nnx.BatchNorm`; the running averages follow the moments of all rows.
 
     Args:
-      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
+      num_features: size of the feature axis, or sizes of several; see :class:`bnjax.nnx.BatchNorm`.
       virtual_batch_size: examples per virtual batch; the last one may be smaller.
-      num_virtual_batches: how many, instead, in what each device holds.
-      fields: those of :class:`bnjax.nnx.BatchNorm`. `axis_name` names the mapped axes over which the running averages
-        are those of everybody; y needs no other device.
+      num_virtual_batches: the number of virtual batches in the examples of each device, instead of their size.
+      fields: those of :class:`bnjax.nnx.BatchNorm`. `axis_name` names the mapped axes whose devices the running
+        averages follow; y is computed on each device by itself.
 
     Raises:
-      ValueError: not one of the two is given, or as :class:`bnjax.nnx.BatchNorm`.
+      ValueError: not exactly one of the two is given; also as :class:`bnjax.nnx.BatchNorm`.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax

@@ -1,4 +1,4 @@
-"""`MovingAverageBatchNorm` for flax.nnx."""
+"""Defines `MovingAverageBatchNorm` for flax.nnx."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +17,20 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     .. math:: y = r \cdot \frac{x}{\chi} \cdot \mathrm{scale} + \mathrm{bias}
 
-    forward and backward as in :func:`bnjax.moving_average_batch_norm`. Variables as in :class:`bnjax.nnx.BatchNorm`;
-    `var` holds the running quadratic mean and `mean` zeros. The layer before should have weights of mean zero per
-    output channel.
+    forward and backward as in :func:`bnjax.moving_average_batch_norm`. The variables are those of
+    :class:`bnjax.nnx.BatchNorm`; `var` holds the running quadratic mean and `mean` zeros. The layer before should have
+    weights of mean zero per output channel.
 
     The statistics of the last m batches, `recent_squares`, `recent_projections` and `recent_steps`, are updated by the
-    backward pass: their gradient IS their new value (:class:`bnjax.nnx.OverwriteWithGradient`). Left as they are, each
-    batch is normalised by itself.
+    backward pass: the gradient of each is its new value (:class:`bnjax.nnx.OverwriteWithGradient`). If they are never
+    updated, each batch is normalised by its own statistics.
 
     Args:
-      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
+      num_features: size of the feature axis, or sizes of several; see :class:`bnjax.nnx.BatchNorm`.
       momentum: the weight of the OLD running quadratic mean.
-      debias: leave the starting value out of it.
-      buffer_size: m; the paper simulates a batch of m times the size.
-      warmup: steps by the batch's own statistics.
+      debias: leave the starting value out of the running quadratic mean.
+      buffer_size: m; the statistics are like those of a batch of m times the size.
+      warmup: the number of first steps that are normalised by the batch's own statistics.
       r_max: limit of r and 1/r.
       fields: those of :class:`bnjax.nnx.BatchNorm`.
 
@@ -68,6 +68,7 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
             setattr(self, f"recent_{name}", OverwriteWithGradient(value))
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises x by the statistics of recent batches, which the backward pass updates."""
         kept = {name: getattr(self, f"recent_{name}")[...] for name in RecentStats._fields}
         lead = {name: v.shape[: v.ndim - self.var.ndim] for name, v in kept.items()}
         recent = RecentStats(**{name: v.reshape(*lead[name], *running.var.shape) for name, v in kept.items()})

@@ -1,4 +1,4 @@
-"""`PowerNorm` for flax.nnx."""
+"""Defines `PowerNorm` for flax.nnx."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +18,15 @@ class PowerNorm(AboutZero, BatchNorm):
 
     .. math:: y = \frac{x}{\sqrt{\psi^2 + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
-    with the running quadratic mean of the batches before: :func:`bnjax.power_norm`. Variables as in
+    where ψ² is the running quadratic mean of earlier batches; see :func:`bnjax.power_norm`. The variables are those of
     :class:`bnjax.nnx.BatchNorm`; `var` holds ψ² and `mean` zeros.
 
-    The running statistic of the gradient, `projection`, is updated by the backward pass: its gradient IS its new value
-    (:class:`bnjax.nnx.OverwriteWithGradient`). Left as it is, at zero, the backward pass takes ψ as a constant.
+    The running statistic of the gradient, `projection`, is updated by the backward pass: its gradient is its new value
+    (:class:`bnjax.nnx.OverwriteWithGradient`). If it is never updated and stays zero, ψ is a constant in the
+    derivative.
 
     Args:
-      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
+      num_features: size of the feature axis, or sizes of several; see :class:`bnjax.nnx.BatchNorm`.
       momentum: the weight of the OLD running quadratic mean.
       gradient_momentum: the weight of the OLD running statistic of the gradient.
       fields: those of :class:`bnjax.nnx.BatchNorm`.
@@ -60,6 +61,7 @@ class PowerNorm(AboutZero, BatchNorm):
         self.projection = OverwriteWithGradient(jnp.zeros(self.var.shape, jnp.float32))
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
+        """Normalises x by the running quadratic mean before this batch."""
         projection = self.projection[...].reshape(running.var.shape)
         return power_norm(x, running.var, projection, gradient_momentum=self.gradient_momentum, **options)
 

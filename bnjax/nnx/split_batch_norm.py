@@ -1,4 +1,4 @@
-"""`SplitBatchNorm` for flax.nnx."""
+"""Defines `SplitBatchNorm` for flax.nnx."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,24 +13,25 @@ from bnjax.nnx.batch_norm import BatchNorm
 
 
 class SplitBatchNorm(BatchNorm):
-    r"""Batch normalization with statistics of their own for each of several domains.
+    r"""Batch normalization with separate statistics, scale and bias for each of several domains.
 
     .. math::
         y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale}_d + \mathrm{bias}_d
 
-    for a batch of domain d, in training by its own moments, in evaluation by the running averages of the domain:
-    :func:`bnjax.split_batch_norm`. A call updates those of its domain alone. Names and kinds of the variables are those
-    of :class:`bnjax.nnx.BatchNorm`, with one more axis in front: a row for each domain.
+    for a batch of domain d. mean and var are those of the batch in training and the running averages of the domain in
+    evaluation; see :func:`bnjax.split_batch_norm`. A call in training updates the running averages of its domain only.
+    The variables have the names and kinds of those of :class:`bnjax.nnx.BatchNorm` and one more axis in front, with a
+    row for each domain.
 
     Args:
-      num_features: size of the feature axis, or sizes; see :class:`bnjax.nnx.BatchNorm`.
-      num_domains: D; two by default, as clean and adversarial images.
-      domain: which one, 0 to D − 1; here, by `set_attributes`, or at the call.
-      shared_affine: one scale and bias for all domains, `[C]`.
+      num_features: size of the feature axis, or sizes of several; see :class:`bnjax.nnx.BatchNorm`.
+      num_domains: D; 2 by default, such as clean and adversarial images.
+      domain: the domain of the rows, 0 to D − 1; here, by `set_attributes`, or at the call.
+      shared_affine: whether all domains share one scale and one bias, `[C]`.
       fields: those of :class:`bnjax.nnx.BatchNorm`.
 
     Raises:
-      ValueError: a domain that is none of the D, or as :class:`bnjax.nnx.BatchNorm`.
+      ValueError: a known domain is outside 0 to D − 1; also as :class:`bnjax.nnx.BatchNorm`.
 
     Examples:
       >>> import jax.numpy as jnp, bnjax
@@ -42,7 +43,7 @@ class SplitBatchNorm(BatchNorm):
 
     References:
       Xie et al. 2020 (AdvProp), https://arxiv.org/abs/1911.09665, section 4; Chang et al. 2019 (DSBN),
-      https://arxiv.org/abs/1906.03950, section 3.2. Both give every domain its own scale and bias.
+      https://arxiv.org/abs/1906.03950, section 3.2. Both papers give every domain its own scale and bias.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SplitBatchNorm(BatchNorm):
         super().__init__(num_features, **fields)
 
     def _make_variables(self, stats_shape: tuple[int, ...], shape: tuple[int, ...], *others: Any) -> None:
+        """Creates the variables with a row for each domain; scale and bias without it if the domains share them."""
         rows = (self.num_domains, *shape)
         super()._make_variables(rows, shape if self.shared_affine else rows, *others)
 
@@ -76,13 +78,13 @@ class SplitBatchNorm(BatchNorm):
 
         Args:
           x: `[..., C]`.
-          domain: which one, 0 to D − 1; a number, or a traced integer; before what the constructor said.
+          domain: the domain of the rows, 0 to D − 1: a number, or a traced integer. It takes precedence over the field.
           use_running_average, mask, update_stats, scale, bias: see :class:`bnjax.nnx.BatchNorm`.
 
         Returns:
           y, of the shape of x; NaN for a traced domain outside 0 to D − 1.
         """
-        here: Any = first_from(domain, self.domain, error_msg=_WHICH_DOMAIN)  # typed as an object
+        here: Any = first_from(domain, self.domain, error_msg=_WHICH_DOMAIN)  # Any, because it is an int or an array
         x, row = _module.prepare(x, self.axis)
         shape = (self.num_domains, *row)
         stored = self._running(shape, x)
@@ -99,4 +101,7 @@ class SplitBatchNorm(BatchNorm):
     evaluation_affine = Normalization.evaluation_affine
 
 
-_WHICH_DOMAIN = "domain must be given to the constructor or at the call, or set by set_attributes: it says whose rows."
+_WHICH_DOMAIN = (
+    "domain must be given to the constructor or at the call, or set by set_attributes: it says to which domain the rows "
+    "of x belong."
+)
