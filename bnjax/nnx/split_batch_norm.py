@@ -102,6 +102,6 @@ class SplitBatchNorm(BatchNorm):
 
 
 _WHICH_DOMAIN = (
-    "domain must be given to the constructor or at the call, or set by set_attributes: it says to which domain the rows "
-    "of x belong."
+    "domain must be given to the constructor or at the call, or set by set_attributes: it says to which domain the "
+    "rows of x belong."
 )
