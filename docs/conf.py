@@ -1,6 +1,6 @@
-"""The site, `sphinx-build -W docs build/site`: the guides, the notebook, and a reference from the docstrings.
+"""Configures the site, `sphinx-build -W docs build/site`: guides, notebook, and a reference from the docstrings.
 
-Nothing in it asks another host for anything: formulas are MathML, fonts those of the reader.
+The site loads nothing from other hosts: formulas are MathML, and fonts those of the reader.
 """
 
 import sys
@@ -24,19 +24,19 @@ extensions = [
     "repository",
 ]
 exclude_patterns = ["_sphinx"]
-nitpicky = True  # a reference that leads nowhere is a warning, and CI takes no warnings
+nitpicky = True  # a reference without a target is a warning, and CI fails on warnings
 default_role = "code"  # single backticks in docstrings are code, as in Markdown
 
-# Docstrings: they say shapes and dtypes, which types cannot.
+# The docstrings give shapes and dtypes, so types are not shown.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autosummary_generate = False
-napoleon_use_param = False  # one table of arguments, `activation, residual` in one row
+napoleon_use_param = False  # one table of arguments, in which `mean, var` may share a row
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Attributes", "params_style")]
 add_module_names = False
 
-# Guides and the notebook: the outputs are those of this very build.
+# The build runs the notebook, so that its outputs are those of this version.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
@@ -51,4 +51,4 @@ html_static_path = ["assets"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
-html_show_copyright = False  # LICENSE says it
+html_show_copyright = False  # it is in LICENSE

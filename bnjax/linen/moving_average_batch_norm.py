@@ -66,12 +66,10 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
         return None if state is None else RecentStats(**state)
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """Normalises x by the statistics of recent batches, which the backward pass updates."""
         options |= dict(warmup=self.warmup, r_max=self.r_max)
         return moving_average_batch_norm(x, running.var, self._recent(running), **options)
 
     def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """Normalises x by the running quadratic mean."""
         self._recent(running)  # creates the collection if `init` runs in evaluation mode
         return super().normalize_running(x, running, **options)
 

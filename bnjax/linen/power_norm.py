@@ -60,12 +60,10 @@ class PowerNorm(AboutZero, BatchNorm):
         return None if state is None else state["projection"]
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """Normalises x by the running quadratic mean before this batch."""
         options |= dict(gradient_momentum=self.gradient_momentum)
         return power_norm(x, running.var, self._projection(running), **options)
 
     def normalize_running(self, x: jax.Array, running: RunningStats, **options: Any) -> jax.Array:
-        """Normalises x by the running quadratic mean."""
         self._projection(running)  # creates the collection if `init` runs in evaluation mode
         return super().normalize_running(x, running, **options)
 

@@ -68,7 +68,6 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
             setattr(self, f"recent_{name}", OverwriteWithGradient(value))
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """Normalises x by the statistics of recent batches, which the backward pass updates."""
         kept = {name: getattr(self, f"recent_{name}")[...] for name in RecentStats._fields}
         lead = {name: v.shape[: v.ndim - self.var.ndim] for name, v in kept.items()}
         recent = RecentStats(**{name: v.reshape(*lead[name], *running.var.shape) for name, v in kept.items()})

@@ -61,7 +61,6 @@ class PowerNorm(AboutZero, BatchNorm):
         self.projection = OverwriteWithGradient(jnp.zeros(self.var.shape, jnp.float32))
 
     def normalize_batch(self, x: jax.Array, running: RunningStats, **options: Any) -> tuple[jax.Array, Moments]:
-        """Normalises x by the running quadratic mean before this batch."""
         projection = self.projection[...].reshape(running.var.shape)
         return power_norm(x, running.var, projection, gradient_momentum=self.gradient_momentum, **options)
 

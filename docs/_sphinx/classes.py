@@ -1,4 +1,4 @@
-"""What the reference shows of a class: its constructor, and its own methods."""
+"""Chooses what the reference shows of a class: its constructor, and its own methods."""
 
 import inspect
 from types import MappingProxyType
@@ -10,7 +10,7 @@ import bnjax
 
 
 def own_members(cls: type) -> list[str]:
-    """The methods and properties that a class defines itself; the fields of a NamedTuple are in its docstring."""
+    """Returns the methods and properties that a class defines itself, without the fields of a NamedTuple."""
 
     def is_own(member: Any) -> bool:
         qualified = getattr(member, "__qualname__", "")  # a default that is a function belongs to another
@@ -21,9 +21,9 @@ def own_members(cls: type) -> list[str]:
 
 
 def constructor(cls: type) -> str:
-    """The arguments of a Flax class without those that every module has; of a variant, those that BatchNorm lacks."""
+    """Returns the signature of a Flax class, without the arguments that every module, or BatchNorm, has too."""
     if not issubclass(cls, linen.Module | nnx.Module | nnx.Variable):
-        return ""  # what Sphinx finds is right
+        return ""  # the signature that Sphinx finds is right
     parameters = dict(inspect.signature(cls.__init__).parameters)
     if cls.__base__ is bnjax.linen.BatchNorm:
         names = inspect.get_annotations(cls)
@@ -35,7 +35,7 @@ def constructor(cls: type) -> str:
 
 
 def plain(parameter: inspect.Parameter) -> inspect.Parameter:
-    """Without its type, and a default that is a class or a function by its name."""
+    """Returns a parameter without its type, and with the name of a class or function as its default."""
     default = parameter.default
     if callable(default) and default is not inspect.Parameter.empty:
         default = Name(default.__name__)
@@ -45,7 +45,7 @@ def plain(parameter: inspect.Parameter) -> inspect.Parameter:
 
 
 class Name(str):
-    """A string that shows itself without quotes."""
+    """A string whose repr has no quotes."""
 
     def __repr__(self) -> str:
         return str(self)

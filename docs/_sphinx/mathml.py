@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show without a script, a font or a network; docutils makes it of TeX."""
+"""Renders formulas as MathML, which browsers show without scripts, fonts or network; docutils converts it from TeX."""
 
 from typing import Any
 

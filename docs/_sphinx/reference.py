@@ -1,4 +1,4 @@
-"""`.. reference:: module` with names below it: a table of their first sentences, then the whole docstring of each."""
+"""Defines `.. reference:: module` with names below it: a table of their first sentences, then each whole docstring."""
 
 import importlib
 import inspect
@@ -34,7 +34,7 @@ class Reference(Directive):
 
 
 def entry(name: str, value: Any) -> list[str]:
-    """The directive for one public name."""
+    """Returns the lines of the Sphinx directive for one public name."""
     if not inspect.isclass(value):
         return [f".. autofunction:: {name}", ""]
     members = own_members(value)

@@ -1,7 +1,7 @@
-"""Pages made of files of the repository, and links to its files: what leads somewhere on GitHub leads somewhere here.
+"""Adapts the links of Markdown files to the site, so that links that work on GitHub work there too.
 
-A page that includes a file from outside of docs/, such as the README, takes its text, with the links as seen from the
-page. A link to a file that is no page downloads it; a link to a folder is its text.
+A page that includes a file from outside of docs/, such as the README, gets its text, with links relative to the page. A
+link to a file that is no page becomes a download; a link to a folder becomes its text.
 """
 
 import os
@@ -12,12 +12,12 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1]
 INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.M)
-# Code is matched first and left alone: `f[0](x)` is no link.
+# Code is matched first and left as it is, because `f[0](x)` is no link.
 LINK = re.compile(r"^```.*?^```|`[^`\n]*`|\[([^\[\]]*)\]\(([^)\s]+)\)", re.M | re.S)
 
 
 def on_source_read(app: Any, docname: str, source: list[str]) -> None:
-    """The text of a Markdown page as Sphinx shall see it."""
+    """Replaces the source of a Markdown page by its text with included files and adapted links."""
     page = DOCS / f"{docname}.md"
     if not page.exists():
         return
@@ -32,7 +32,7 @@ def on_source_read(app: Any, docname: str, source: list[str]) -> None:
 
 
 def with_links(text: str, folder: Path, page: Path) -> str:
-    """The Markdown of a file in `folder`, with its links as seen from `page`."""
+    """Returns the Markdown of a file in `folder`, with its links relative to `page`."""
 
     def rewritten(match: re.Match[str]) -> str:
         label, target = match.groups()
@@ -53,7 +53,7 @@ def with_links(text: str, folder: Path, page: Path) -> str:
 
 @cache
 def pages() -> dict[Path, Path]:
-    """The page that shows a file: itself in docs/, or the one that includes it."""
+    """Returns the page that shows each file: the file itself in docs/, or the page that includes it."""
     found = {file: file for pattern in ("*.md", "*.rst", "*.ipynb") for file in DOCS.rglob(pattern)}
     for page in DOCS.rglob("*.md"):
         for included in INCLUDE.findall(page.read_text()):
