@@ -25,8 +25,8 @@ from bnjax.functional._measure import Measured, Reduction, measure, squared
 from bnjax.functional._moments import Moments, formula_of, moments_of, scaled_rstd
 from bnjax.functional._one_row import warn_of_one_row
 
-# A variance below this part of epsilon changes nothing in y, so the guard does not sum again for its sake. Without this
-# limit a constant channel would make the guard read x again in every step.
+# A variance below this part of epsilon does not change y, so the guard need not make it accurate. With this limit a
+# constant channel makes the guard sum again only if it lies further than √(16·1e-3·ε) from zero: 4e-4 by default.
 _FLOOR = 1e-3
 
 

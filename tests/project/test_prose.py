@@ -1,4 +1,4 @@
-"""Tests the docstrings: those of functions open with a verb, and none needs its neighbours to be understood.
+"""Tests docstrings, comments and pages: functions open with a verb, and no unclear phrases are used.
 
 `python -m tests.project.test_prose` prints the share of each folder, and the functions that do not open with a verb.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("experiments", "tests")  # where docstrings have been rewritten; bnjax is to follow
+FOLDERS = ("bnjax/functional", "bnjax/linen", "bnjax/nnx", "experiments", "tests")
+PAGES = (*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")))
 LEAST = 0.9  # share of the functions with a docstring, private ones and methods included
 VERBS = set(
     re.findall(
@@ -41,6 +42,7 @@ UNCLEAR = {
     "lest": "write `so that ... not`, or `because`",
 }
 PATTERN = re.compile(rf"\b(?:{'|'.join(UNCLEAR)})\b")  # lower case: `is None` is code
+PARAGRAPH = re.compile(r"(?:.+\n?)+")
 
 
 def modules(folder: str) -> list[Path]:
@@ -65,7 +67,12 @@ def docstrings_of_functions(folder: str) -> dict[str, str]:
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the docstrings (those of fields too) and the comments of a file, each with its line."""
+    """Yields docstrings (those of fields too) and comments of a Python file, or paragraphs of a page, with their lines."""
+    if path.suffix == ".md":
+        yield from (
+            (path.read_text().count("\n", 0, m.start()) + 1, m[0]) for m in PARAGRAPH.finditer(path.read_text())
+        )
+        return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
@@ -94,6 +101,11 @@ def test_no_unclear_phrases(folder):
     assert [line for path in modules(folder) for line in found_in(path)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_unclear_phrases_in_pages(page):
+    assert found_in(page) == []
+
+
 def test_the_checks_see_what_they_look_for(tmp_path, monkeypatch):
     assert opens_with_a_verb("Returns x.") and opens_with_a_verb("Splits: two parts.")
     assert not opens_with_a_verb("The rows.") and not opens_with_a_verb("Sums of x.")
@@ -101,10 +113,12 @@ def test_the_checks_see_what_they_look_for(tmp_path, monkeypatch):
     phrase = "the same, " + "for"
     (tmp_path / "some.py").write_text(f'"""Rows, or\n{phrase} all: x is None."""\n')
     assert found_in(tmp_path / "some.py") == [f"some.py:1: {phrase!r}: {UNCLEAR[phrase]}"]
+    (tmp_path / "some.md").write_text(f"# Title\n\nRows, or\n{phrase} all.\n")
+    assert found_in(tmp_path / "some.md") == [f"some.md:3: {phrase!r}: {UNCLEAR[phrase]}"]
 
 
 if __name__ == "__main__":
-    for top in ("bnjax", *FOLDERS):
+    for top in (*FOLDERS, "bnjax/tools"):
         texts = docstrings_of_functions(top)
         others = [name for name, text in texts.items() if not opens_with_a_verb(text)]
         print(f"{top}: {1 - len(others) / len(texts):.1%} of {len(texts)} docstrings open with a verb")
