@@ -150,9 +150,9 @@ def normalize_batch(
         c = -mean * a if b is None else b - mean * a
         if weights is None:
             a, c = _collectives.vary_together((a, c), x)
-            # The derivative in `a` sums dy·u. XLA:CPU makes one loop of that sum only if nothing else reads u. If u were z,
-            # which dx reads too, z would be written to memory in the forward pass and kept. So u is x − K in terms that
-            # XLA does not find equal, and y takes its value from z. A block then keeps two activations and not three.
+            # The derivative in `a` sums dy·u. XLA:CPU makes one loop of that sum only if nothing else reads u: it would
+            # write z, which dx reads too, to memory in the forward pass and keep it. So u is x − K in terms that XLA
+            # does not find equal, and y takes its value from z. A block keeps two activations this way, and not three.
             u = wide + expand(-batch.K)
             y = value_of(z * expand(a) + expand(c), u * expand(a * rstd) + expand(c))
         else:  # NaN in padding is read as the mean, so that neither it nor its derivative gets out
