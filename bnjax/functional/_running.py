@@ -1,6 +1,7 @@
 """Running averages of the batch moments."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -117,7 +118,14 @@ def update_running(
             f"running statistics must be floating, for integers would round every step away; got {running.mean.dtype} "
             f"and {running.var.dtype}. Start with jnp.zeros(shape) and jnp.ones(shape)."
         )
-    mean, var, n = (_collectives.match(lax.stop_gradient(m), running.mean) for m in moments)  # state keeps its type
+    moments = Moments._make(_collectives.match(m, running.mean) for m in moments)  # state keeps its type
+    return _take_step(unbiased_var, running, moments, share)
+
+
+@partial(jax.jit, static_argnums=0)  # traced and lowered once for each shape, however many layers have it
+def _take_step(unbiased_var: bool, running: RunningStats, moments: Moments, share: jax.Array | float) -> RunningStats:
+    """Moves the averages by `share` of the way to the moments, in the channels that the batch says something about."""
+    mean, var, n = lax.stop_gradient(moments)
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
@@ -126,7 +134,7 @@ def update_running(
     def step(taken: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         dtype = _axes.statistics_dtype(old, new)
         old, new = old.astype(dtype), new.astype(dtype)
-        return jnp.where(taken, (1 - share) * old + share * new, old)
+        return lax.select(taken, (1 - share) * old + share * new, old)
 
     def count(counter: jax.Array | None, counted: jax.Array) -> jax.Array | None:
         return None if counter is None else counter + counted.astype(counter.dtype)
