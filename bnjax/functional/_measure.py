@@ -125,7 +125,7 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
         return Measured(e, jnp.zeros_like(e), jnp.zeros_like(var), one, count)
     fits = var <= kind.max  # false for NaN too
     far = ~((squared(e) <= GUARD * (var + floor)) & fits)
-    K = jnp.where(far, _rounded(e), 0)
+    K = lax.select(far, _rounded(e), jnp.zeros_like(e))
     unit = jnp.where(fits, one, _shrinking(kind, weights, count))
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
@@ -139,8 +139,8 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     # Channels that are not far keep their first sums, so that none depends on what another one holds. The selection
     # stands outside of the conditional: inside, XLA could not merge two equal calls.
     again = lax.cond(_anywhere(far), about_the_mean, lambda: (e, var))
-    e, var = (jnp.where(far, new, old) for new, old in zip(again, (e, var), strict=True))
-    return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), unit, count)
+    e, var = (lax.select(far, new, old) for new, old in zip(again, (e, var), strict=True))
+    return Measured(K, e, lax.select(var <= kind.max, var, lax.full_like(var, jnp.nan)), unit, count)
 
 
 def _shrinking(kind: Any, weights: jax.Array | None, count: jax.Array | float) -> jax.Array | float:

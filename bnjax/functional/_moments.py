@@ -116,7 +116,7 @@ def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
     """Returns 1/√(var + ε), finite also where the variance is 0 or overflows; NaN past 1e37, where it would be 0."""
     least = jnp.finfo(batch.var.dtype).tiny
     rstd = batch.unit * jax.lax.rsqrt(jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least))
-    return jnp.where(rstd >= least, rstd, jnp.nan)
+    return jax.lax.select(rstd >= least, rstd, jax.lax.full_like(rstd, jnp.nan))
 
 
 def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array) -> Moments:
