@@ -44,7 +44,7 @@ def timed(run: Run, calls: int) -> Time:
 
 
 def busy_seconds(planes: Iterable[Any]) -> float:
-    """Returns the seconds in which the busiest accelerator of a profile ran a program; 0 if it has no record of one.
+    """Returns the seconds in which the busiest accelerator of a profile ran a program, or 0 where it has no record.
 
     Args:
       planes: of `jax.profiler.ProfileData`. TPUs record whole programs in the line "XLA Modules", GPUs each kernel in a
