@@ -107,7 +107,7 @@ def formula_of(
     """
     known = batch.count if isinstance(batch.count, jax.Array) else None
     mean, square, _ = averages(z, weights, reduction, known)
-    factor = rstd / batch.unit
+    factor = rstd * batch.inverse
     mean = value_of(batch.e * factor, mean)
     return mean, value_of(batch.resolved_var * squared(factor), square - squared(mean))
 
@@ -129,9 +129,8 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
       var: the formula's variance of z.
     """
     count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
-    once = jnp.minimum(batch.var / batch.unit, jnp.finfo(batch.var.dtype).max)  # or XLA divides by unit², which is 0
     return Moments(
-        value_of(batch.K + batch.e / batch.unit, batch.K + mean / rstd),
-        value_of(once / batch.unit, var / rstd / rstd),
+        value_of(batch.K + batch.e * batch.inverse, batch.K + mean / rstd),
+        value_of(batch.var * batch.inverse * batch.inverse, var / rstd / rstd),
         count,
     )
