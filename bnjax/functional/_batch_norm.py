@@ -140,7 +140,8 @@ def normalize_batch(
         x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, weights: jax.Array | None, others: Any
     ) -> tuple[jax.Array, Moments]:
         batch, rstd = _measure_and_keep(epsilon, x, weights, reduction)
-        z = (widen(x) - expand(batch.K)) * expand(rstd)
+        wide = widen(x)
+        z = (wide - expand(batch.K)) * expand(rstd)
         mean, var = formula_of(batch, rstd, z, weights, reduction)
         a = value_of(jnp.ones_like(var), lax.rsqrt(var + epsilon * squared(rstd)))  # var + ε·rstd² is 1 by measurement
         b = None if bias is None else _collectives.match(bias.astype(wide_dtype), mean)
@@ -153,10 +154,17 @@ def normalize_batch(
         c = -mean * a if b is None else b - mean * a
         if weights is None:
             a, c = _collectives.vary_together((a, c), x)
+            # The derivative in `a` sums dy·u. XLA:CPU computes that sum in one loop only if nothing else reads u. If u were
+            # z, which dx reads too, XLA:CPU would write z to memory in the forward pass and keep it. So u is x − K,
+            # written in terms that XLA does not find equal to those of z, and the value of y comes from z. A block thus
+            # keeps two activations and not three.
+            u = wide + expand(-batch.K)
+            y = value_of(z * expand(a) + expand(c), u * expand(a * rstd) + expand(c))
         else:  # NaN at weight 0 is read as the mean, so that it reaches neither y nor the derivative
             a, c, read = _collectives.vary_together((a, c, mean), x)
-            z = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(read))
-        return (z * expand(a) + expand(c)).astype(dtype), moments_of(batch, rstd, mean, var)
+            known = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(read))
+            y = known * expand(a) + expand(c)
+        return y.astype(dtype), moments_of(batch, rstd, mean, var)
 
     return layer(x, scale, bias, weights, others)
 

@@ -11,7 +11,7 @@ read of x and one more all-reduce, in the steps that need it.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Measured(NamedTuple):
     e: jax.Array  # unit·(mean − K)
     var: jax.Array  # unit²·variance
     unit: jax.Array  # 1 or a power of two
+    inverse: jax.Array  # 1/unit, because XLA:CPU fuses a multiplication but not a division
     count: jax.Array | float | None  # type: ignore[assignment]  # W
 
     @property
@@ -121,37 +122,51 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     """
     x = lax.stop_gradient(x)
     dtype = statistics_dtype(x)
-    kind = jnp.finfo(dtype)
+    largest = jnp.finfo(dtype).max
     e, square, count = averages(x.astype(dtype), weights, reduction)
-    var = jnp.maximum(square - squared(e), 0)
-    one = lax.full_like(var, 1)
     if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
-        return Measured(e, jnp.zeros_like(e), jnp.zeros_like(var), one, count)
-    fits = var <= kind.max  # False for NaN too
-    far = ~((squared(e) <= GUARD * (var + floor)) & fits)
-    K = jnp.where(far, _rounded(e), 0)
-    unit = jnp.where(fits, one, _shrinking(kind, weights, count))
+        one, zero = lax.full_like(square, 1), jnp.zeros_like(square)
+        return Measured(e, jnp.zeros_like(e), zero, one, one, count)
+    # |e|² ≤ 16·(var + floor), with var = square − |e|²; False for NaN too.
+    near = (squared(e) * (1 + 1 / GUARD) <= square + floor) & (square <= largest)
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
-        """Returns e and the variance, summed again about K."""
+        """Returns e and the mean square of x − K, times unit and unit²: the sums about the mean found."""
         # Without the barrier XLA:GPU turns this conditional into a select, which always computes both branches. x
         # enters the branch in its own dtype, because the operands of a branch are written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
-        centred = (wide - reduction.layout.expand(K)) * reduction.layout.expand(unit)
-        rest, square, _ = averages(centred, *_of_sum_one(weights, count, reduction))
-        return rest, jnp.maximum(square - squared(rest), 0)
+        unit, _ = _units(square, weights, count)
+        centred = (wide - reduction.layout.expand(_rounded(e))) * reduction.layout.expand(unit)
+        return averages(centred, *_of_sum_one(weights, count, reduction))[:2]
 
-    # Channels that are not far keep their first sums, so that no channel depends on the values in another one. Select
-    # outside of the conditional: inside, XLA cannot merge two identical calls.
-    again = lax.cond(_anywhere(far), about_the_mean, lambda: (e, var))
-    e, var = (jnp.where(far, new, old) for new, old in zip(again, (e, var), strict=True))
-    return Measured(K, e, jnp.where(var <= kind.max, var, jnp.nan), unit, count)
+    # The branch receives only e and square. What is computed from them is computed again where it is used, because
+    # XLA:CPU runs a program for each array that is written. Channels that are near keep their first sums, so that no
+    # channel depends on the values in another one. Select outside of the conditional: inside, XLA cannot merge two
+    # identical calls.
+    again = lax.cond(_everywhere(near), lambda: (e, square), about_the_mean)
+    K, units = lax.select(near, jnp.zeros_like(e), _rounded(e)), _units(square, weights, count)
+    e, square = (lax.select(near, old, new) for old, new in zip((e, square), again, strict=True))
+    var = jnp.maximum(square - squared(e), 0)
+    return Measured(K, e, lax.select(var <= largest, var, lax.full_like(var, jnp.nan)), *units, count)
 
 
-def _shrinking(kind: Any, weights: jax.Array | None, count: jax.Array | float) -> jax.Array | float:
-    """Returns the factor for values whose squares, or weighted squares, overflow: 2⁻⁸⁰, or 2⁻³⁰, in float32."""
-    for_values, for_weights = 2.0 ** -(kind.maxexp * 5 // 8), 2.0 ** -(kind.maxexp * 15 // 64)
-    return for_values if weights is None else jnp.where(count > float(kind.max) ** 0.5, for_weights, for_values)
+def _units(square: jax.Array, weights: jax.Array | None, count: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Returns the factor `unit` by which x is multiplied so that its squares do not overflow, and 1/unit.
+
+    Both are 1 where `square`, the mean square of x, is finite. Elsewhere unit is 2⁻⁸⁰ in float32, or 2⁻³⁰ where the
+    sum of the weights is so large that it makes the sums overflow.
+    """
+    kind = jnp.finfo(square.dtype)
+    for_values, for_weights = kind.maxexp * 5 // 8, kind.maxexp * 15 // 64
+
+    def power(sign: int) -> jax.Array:
+        """Returns unit for sign −1, and 1/unit for sign 1."""
+        small = lax.full_like(square, 2.0 ** (sign * for_values))
+        if weights is not None:
+            small = jnp.where(count > float(kind.max) ** 0.5, 2.0 ** (sign * for_weights), small)
+        return lax.select(square <= kind.max, lax.full_like(square, 1), small)
+
+    return power(-1), power(1)
 
 
 def _of_sum_one(
@@ -167,19 +182,19 @@ def _of_sum_one(
 
 
 @jax.custom_batching.custom_vmap
-def _anywhere(flags: jax.Array) -> jax.Array:
-    """Returns whether any flag is set; under `vmap`, whether any flag of any mapped batch is set.
+def _everywhere(flags: jax.Array) -> jax.Array:
+    """Returns whether all flags are set; under `vmap`, whether all flags of all mapped batches are set.
 
     Under `vmap` the predicate of the conditional thus stays a scalar. With a batched predicate JAX would turn the
     conditional into a select and compute both branches in every step.
     """
-    return jnp.any(flags)
+    return jnp.all(flags)
 
 
-@_anywhere.def_vmap
-def _anywhere_vmap(size: int, batched: Sequence[bool], flags: jax.Array) -> tuple[jax.Array, bool]:
+@_everywhere.def_vmap
+def _everywhere_vmap(size: int, batched: Sequence[bool], flags: jax.Array) -> tuple[jax.Array, bool]:
     """Returns the same scalar for all mapped batches (the rule of `vmap`), and False because it is not mapped."""
-    return _anywhere(flags), False
+    return _everywhere(flags), False
 
 
 def _rounded(mean: jax.Array) -> jax.Array:

@@ -117,7 +117,7 @@ def formula_of(
     """
     known = batch.count if isinstance(batch.count, jax.Array) else None
     mean, square, _ = averages(z, weights, reduction, known)
-    factor = rstd / batch.unit
+    factor = rstd * batch.inverse
     mean = value_of(batch.e * factor, mean)
     return mean, value_of(batch.resolved_var * squared(factor), square - squared(mean))
 
@@ -126,7 +126,7 @@ def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
     """Returns 1/√(var + ε): finite also where var is 0 or overflows, NaN where it would underflow (std over 1e37)."""
     least = jnp.finfo(batch.var.dtype).tiny
     rstd = batch.unit * jax.lax.rsqrt(jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least))
-    return jnp.where(rstd >= least, rstd, jnp.nan)
+    return jax.lax.select(rstd >= least, rstd, jax.lax.full_like(rstd, jnp.nan))
 
 
 def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array) -> Moments:
@@ -139,10 +139,8 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
       var: the formula's variance of z.
     """
     count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
-    # Two divisions, kept apart by the minimum: XLA would merge them into one by unit², which underflows to 0.
-    once = jnp.minimum(batch.var / batch.unit, jnp.finfo(batch.var.dtype).max)
     return Moments(
-        value_of(batch.K + batch.e / batch.unit, batch.K + mean / rstd),
-        value_of(once / batch.unit, var / rstd / rstd),
+        value_of(batch.K + batch.e * batch.inverse, batch.K + mean / rstd),
+        value_of(batch.var * batch.inverse * batch.inverse, var / rstd / rstd),
         count,
     )

@@ -1,6 +1,7 @@
 """Updates the running averages of the batch moments."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -118,9 +119,14 @@ def update_running(
             f"running statistics must be floating, for integers would round every step away; got {running.mean.dtype} "
             f"and {running.var.dtype}. Start with jnp.zeros(shape) and jnp.ones(shape)."
         )
-    mean, var, n = (
-        _collectives.match(lax.stop_gradient(m), running.mean) for m in moments
-    )  # the state keeps its sharding
+    moments = Moments._make(_collectives.match(m, running.mean) for m in moments)  # the state keeps its sharding
+    return _take_step(unbiased_var, running, moments, share)
+
+
+@partial(jax.jit, static_argnums=0)  # traced and lowered once for each shape, however many layers have it
+def _take_step(unbiased_var: bool, running: RunningStats, moments: Moments, share: jax.Array | float) -> RunningStats:
+    """Takes a step of the running averages with the weight `share` of the moments, given checked arguments."""
+    mean, var, n = lax.stop_gradient(moments)
     if unbiased_var:
         var = var * (jnp.maximum(n, 1) / jnp.maximum(n - 1, 1))
     good = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
@@ -130,7 +136,7 @@ def update_running(
         """Returns the average of old and new where taken, and old elsewhere."""
         dtype = _axes.statistics_dtype(old, new)
         old, new = old.astype(dtype), new.astype(dtype)
-        return jnp.where(taken, (1 - share) * old + share * new, old)
+        return lax.select(taken, (1 - share) * old + share * new, old)
 
     def count(counter: jax.Array | None, counted: jax.Array) -> jax.Array | None:
         """Returns the counter plus 1 where counted, or None if there is no counter."""

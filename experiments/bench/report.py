@@ -47,7 +47,9 @@ def table(head: Collection[Any], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join((first, "|---" * len(head) + "|", *rest))
 
 
-def keep(rows: Sequence[Row], out: Path, command: str, heading: str, text: str) -> None:
+def keep(
+    rows: Sequence[Row], out: Path, command: str, heading: str, text: str, about: dict[str, str] | None = None
+) -> None:
     """Writes NAME.jsonl, whose first line holds the versions, and the page NAME.md, which names them too.
 
     Args:
@@ -56,9 +58,10 @@ def keep(rows: Sequence[Row], out: Path, command: str, heading: str, text: str) 
         command: the benchmark's module name after `experiments.bench.`; NAME is its last part.
         heading: heading of the page.
         text: text of the page after the sentence that says how it was made.
+        about: versions and machine; by default those of this process.
     """
     out.mkdir(parents=True, exist_ok=True)
-    name, about = command.rpartition(".")[2], versions()
+    name, about = command.rpartition(".")[2], about or versions()
     made = ", ".join(f"{package} {version}" for package, version in about.items())
     jsonl.write(out / f"{name}.jsonl", [about, *rows])
     page = f"# {heading}\n\nMade by `python -m experiments.bench.{command}` with {made}.\n\n{text}"

@@ -67,13 +67,15 @@ def docstrings_of_functions(folder: str) -> dict[str, str]:
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields docstrings (those of fields too) and comments of a Python file, or paragraphs of a page, with their lines."""
+    """Yields the docstrings (those of fields too) and comments of a Python file, or the paragraphs of a page.
+
+    Each comes with its line.
+    """
+    text = path.read_text()
     if path.suffix == ".md":
-        yield from (
-            (path.read_text().count("\n", 0, m.start()) + 1, m[0]) for m in PARAGRAPH.finditer(path.read_text())
-        )
+        yield from ((text.count("\n", 0, match.start()) + 1, match[0]) for match in PARAGRAPH.finditer(text))
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
     with tokenize.open(path) as file:

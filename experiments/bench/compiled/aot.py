@@ -82,6 +82,12 @@ def training(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
 
 def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
     """Compiles one program for a target; returns it, and the bytes of one chip's input."""
+    trace, chip = tracer(program, norm, target)
+    return trace().lower().compile(), chip
+
+
+def tracer(program: str, norm: str, target: str) -> tuple[Callable[[], Any], int]:
+    """Returns a function that traces one program for a target, and the bytes of one chip's input."""
     network, shape, _ = PROGRAMS[program]
     model = network(NORMS[norm])
     devices = devices_of(target)[:1] if target == "h100" else devices_of(target)
@@ -93,12 +99,12 @@ def compiled(program: str, norm: str, target: str) -> tuple[Any, int]:
     x = jax.ShapeDtypeStruct((shape[0] * len(devices), *shape[1:]), jnp.bfloat16, sharding=split)
     chip = int(np.prod(shape)) * 2
     if network is not networks.ResNet50:
-        return jax.jit(gradient(model)).lower(variables, x, x).compile(), chip
+        return partial(jax.jit(gradient(model)).trace, variables, x, x), chip
     optimizer = optax.sgd(0.1, momentum=0.9)
     momentum = place(jax.eval_shape(optimizer.init, variables["params"]))
     labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=split)
     step = jax.jit(training(model, optimizer), donate_argnums=(0, 1))
-    return step.lower(variables, momentum, x, labels).compile(), chip
+    return partial(step.trace, variables, momentum, x, labels), chip
 
 
 def measure(program: str, norm: str, target: str) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
 Norm = Callable[..., nn.Module]  # () -> a module that takes x
+NnxNorm = Callable[[int], nnx.Module]  # features -> a module that takes x
 
 
 class Layer(nn.Module):
@@ -70,3 +72,58 @@ class ResNet50(nn.Module):
 def _conv(features: int, size: int, dtype: Any, stride: int = 1) -> nn.Conv:
     """Builds a square convolution without bias."""
     return nn.Conv(features, (size, size), (stride, stride), use_bias=False, dtype=dtype)
+
+
+class NnxBottleneck(nnx.Module):
+    """Is `Bottleneck` for flax.nnx; `norm(features)` makes a layer."""
+
+    def __init__(self, norm: NnxNorm, inputs: int, features: int, stride: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        conv = partial(_nnx_conv, dtype=dtype, rngs=rngs)
+        outputs = 4 * features
+        self.convs = nnx.List(
+            [conv(inputs, features, 1), conv(features, features, 3, stride), conv(features, outputs, 1)]
+        )
+        self.norms = nnx.List([norm(features), norm(features), norm(outputs)])
+        shortcut = stride != 1 or inputs != outputs
+        self.shortcut = nnx.Sequential(conv(inputs, outputs, 1, stride), norm(outputs)) if shortcut else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(y))
+            y = nnx.relu(y) if i < 2 else y
+        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class NnxResNet50(nnx.Module):
+    """Is `ResNet50` for flax.nnx; `norm(features)` makes a layer."""
+
+    def __init__(
+        self,
+        norm: NnxNorm,
+        *,
+        classes: int = 1000,
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        dtype: Any = jnp.bfloat16,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.first = nnx.Sequential(_nnx_conv(3, 64, 7, 2, dtype=dtype, rngs=rngs), norm(64), nnx.relu)
+        inputs, made = 64, []
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                features = 64 * 2**stage
+                made.append(NnxBottleneck(norm, inputs, features, 2 if stage and not block else 1, dtype, rngs))
+                inputs = 4 * features
+        self.blocks = nnx.List(made)
+        self.head = nnx.Linear(inputs, classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nnx.max_pool(self.first(images), (3, 3), (2, 2), "SAME")
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((1, 2)).astype(jnp.float32))
+
+
+def _nnx_conv(inputs: int, outputs: int, size: int, stride: int = 1, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
+    """Builds a square convolution without bias."""
+    return nnx.Conv(inputs, outputs, (size, size), (stride, stride), use_bias=False, dtype=dtype, rngs=rngs)
