@@ -87,6 +87,7 @@ def close(actual, wanted, atol, name):
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients(step):
     """Each gradient to 1e-5 of the largest in its layer; PyTorch's in float64, since its float32 sums are 2e-4 off."""
     kind, arrays, parts, port = step

@@ -99,6 +99,7 @@ def test_float16_with_dynamic_loss_scaling_trains_as_float32(clean: float) -> No
     assert abs(accuracy - clean) <= 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("partition", "devices"), [("shard_map", 8), ("jit", 1)])
 def test_a_bad_batch_changes_nothing(partition: str, devices: int) -> None:
     state, step, _, mesh = state_and_step(partition, devices)

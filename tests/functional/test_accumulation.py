@@ -36,6 +36,7 @@ def _gather(net, variables, parts, **options):
     return moments
 
 
+@pytest.mark.slow
 def test_moments_of_micro_batches_are_those_of_the_batch():
     """Checks the first layer, whose input does not depend on how the batch is split."""
     x = jax.random.normal(KEY, (24, 4)) * 3 + 5
@@ -73,6 +74,7 @@ def test_moments_of_a_stranger_are_refused():
         bnjax.tools.apply_moments(variables["batch_stats"], {"BatchNorm_7": moments["BatchNorm_0"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_gradient_of_the_full_batch_from_micro_batches(remat):
     """Checks that micro-batches on a mapped axis share statistics and give the gradient and statistics of the whole

@@ -126,6 +126,7 @@ def check(case, layer, *, like=None, is_valued=True):
         assert result["y"].shape == case.x().shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 @given(case=cases())
 @sweep(max_examples=100)

@@ -53,6 +53,7 @@ def _close(mine, other, tolerance=1e-9):
             assert_close(part(a), part(b), tolerance, 1 + np.max(np.abs(b)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 50 - 20j])
 @pytest.mark.parametrize("masked", [False, True])
 def test_value_and_derivatives_are_those_of_the_formula(masked, offset):

@@ -54,6 +54,7 @@ def test_plain_jit_over_any_sharding(axis_type, spec, case):
     _check(case, modes.flat(out))
 
 
+@pytest.mark.slow
 def test_conformance_of_two_processes(tmp_path):
     """Checks every sharded case on two real processes with four devices each."""
     names = [c.name for c in SHARDED]

@@ -230,6 +230,7 @@ def test_an_empty_part_takes_no_part_in_what_is_pooled():
         np.testing.assert_array_equal(got, [[want], [want]])
 
 
+@pytest.mark.slow
 def test_averages_of_everybody_count_everybody_s_rows():
     """Checks that with stats_axis_name the unbiased variance is that of the rows of all devices."""
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)

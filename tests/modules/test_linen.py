@@ -138,6 +138,7 @@ def _trained(norm):
     return net, x, {**variables, **updates}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("writer", "reader"), [(nn.BatchNorm, bnjax.BatchNorm), (bnjax.BatchNorm, nn.BatchNorm)])
 def test_checkpoints_go_both_ways(tmp_path, writer, reader):
     """Checks Orbax on disk and Flax's msgpack: same tree, same evaluation, and training continues."""

@@ -165,6 +165,7 @@ def test_weight_decay_is_a_learning_rate_that_grows(name):
     assert_close(longer, kernel / c**steps, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_every_convolution_of_a_network():
     """Checks all layers before a norm in a network, and that the head, which has none after it, is not orthogonal."""
     rng, model = np.random.default_rng(0), ConvNet(lambda **call: BatchNorm(epsilon=NO_EPSILON, **call), widths=(4, 6))

@@ -31,6 +31,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "sizes"), SIZES.values(), ids=SIZES)
 def test_ghost_of_any_size(options, sizes):
     """Checks that each slice is normalized by itself, in value and derivative, and the moments are those of

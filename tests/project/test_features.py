@@ -15,6 +15,7 @@ from tests.fixtures.features_checks import CHECKS
 RESULTS = json.loads(make_features.RESULTS.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", make_features.installed())
 def test_features(library):
     with jax.numpy_rank_promotion("allow"):

@@ -70,6 +70,7 @@ def test_a_row_for_each_device_count_and_curve():
     assert all(row["milliseconds"] > 0 and row["bytes"] == 256 for row in rows)
 
 
+@pytest.mark.slow
 def test_two_processes():
     """Checks that two processes connect and run the same collectives, and that the first returns the times."""
     sizes = scaling.Sizes((), (), (), 0, (0, 0), payloads=(8, 16), rounds=1, seconds=0.0)
@@ -83,6 +84,7 @@ def test_a_process_that_fails_is_an_error():
         list(scaling._started([{"nothing": "to do"}]))
 
 
+@pytest.mark.slow
 def test_one_device_beside_flax():
     with jax.numpy_rank_promotion("allow"):  # the floor broadcasts over ranks
         rows = list(scaling._compare("64 channels", 32, 8, 32, seconds=0.0))
@@ -98,6 +100,7 @@ def test_sizes_are_those_that_were_asked_for():
     assert sizes.batch[0] % 8 == scaling.QUICK.batch[0] % 8 == 0
 
 
+@pytest.mark.slow
 def test_the_network_on_paper_is_resnet_50():
     model = networks.ResNet50(lambda: networks.nn.BatchNorm(use_running_average=False))
     images = jnp.zeros((1, 64, 64, 3))

@@ -112,6 +112,7 @@ def test_results_are_written(tmp_path):
     assert about["jax"] in page and "python -m experiments.bench.clock.training" in page and "| flax | 3.25 |" in page
 
 
+@pytest.mark.slow
 def test_an_import_loads_nothing_but_flax_and_its_own(tmp_path):
     """Checks that `import bnjax` loads no packages beyond those of flax.linen and flax.nnx: no plots,
     tables or data.
