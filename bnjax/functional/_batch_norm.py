@@ -155,9 +155,9 @@ def normalize_batch(
         if weights is None:
             a, c = _collectives.vary_together((a, c), x)
             # The derivative in `a` sums dy·u. XLA:CPU computes that sum in one loop only if nothing else reads u. If u
-            # were z, which dx reads too, XLA:CPU would write z to memory in the forward pass and keep it. So u is x −
-            # K, written in terms that XLA does not find equal to those of z, and the value of y comes from z. A block
-            # thus keeps two activations and not three.
+            # were z, which dx reads too, it would be written to memory in the forward pass and kept. So u is x − K,
+            # written in terms that XLA does not find equal to those of z, and the value of y comes from z. A block thus
+            # keeps two activations and not three.
             u = wide + expand(-batch.K)
             y = value_of(z * expand(a) + expand(c), u * expand(a * rstd) + expand(c))
         else:  # NaN at weight 0 is read as the mean, so that it reaches neither y nor the derivative

@@ -97,9 +97,9 @@ def update_running(
       >>> import jax.numpy as jnp, bnjax
       >>> running = bnjax.RunningStats(mean=jnp.zeros(2), var=jnp.ones(2))
       >>> moments = bnjax.Moments(jnp.array([1.0, jnp.nan]), jnp.array([3.0, 1.0]), jnp.array([8.0, 8.0]))
-      >>> running = bnjax.update_running(running, moments, momentum=0.9)
+      >>> running = bnjax.update_running(running, moments, momentum=0.75)
       >>> print(running.mean, running.var)
-      [0.1 0. ] [1.2 1. ]
+      [0.25 0.  ] [1.5 1. ]
       >>> average = bnjax.RunningStats(mean=jnp.zeros(2), var=jnp.ones(2), steps=jnp.zeros(2))
       >>> average = bnjax.update_running(average, moments, momentum=None)
       >>> print(average.mean, average.var, average.steps)

@@ -1,8 +1,8 @@
-"""Times programs by the device's own clock, as its profiler reports it, and by the host's where there is none.
+"""Times programs by the clock of the device, or by that of the host if the profiler has no record of the device.
 
 A call costs the host tens of microseconds, which a small layer on an accelerator does not take. So the calls are
-profiled, and the time is that in which the device was busy with them. The CPU has no such record: there the host waits
-for the calls and divides.
+profiled, and the time is that in which the device was busy with them. For a CPU there is no such record: the host waits
+for the calls, and divides.
 """
 
 import tempfile
