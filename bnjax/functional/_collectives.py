@@ -60,8 +60,8 @@ def group_of(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | N
         )
     if len({len(g) for g in groups}) != 1:
         raise ValueError(
-            f"axis_index_groups must all have one size (TPU and GPU reduce over nothing else); got sizes "
-            f"{[len(g) for g in groups]}. Weigh devices with `mask` instead."
+            f"axis_index_groups must all have one size, because TPU and GPU reduce only over such groups; got sizes "
+            f"{[len(g) for g in groups]}. To give rows different weights pass `mask`."
         )
     return Group(names, groups)
 

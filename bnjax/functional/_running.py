@@ -116,8 +116,8 @@ def update_running(
     share = _share_of_new(momentum, debias, running.steps)
     if not all(jnp.issubdtype(v.dtype, jnp.inexact) for v in running if v is not None):
         raise TypeError(
-            f"running statistics must be floating, for integers would round every step away; got {running.mean.dtype} "
-            f"and {running.var.dtype}. Start with jnp.zeros(shape) and jnp.ones(shape)."
+            f"running statistics must be floating, because integers would round every step to 0; got "
+            f"{running.mean.dtype} and {running.var.dtype}. Start with jnp.zeros(shape) and jnp.ones(shape)."
         )
     moments = Moments._make(_collectives.match(m, running.mean) for m in moments)  # the state keeps its sharding
     return _take_step(unbiased_var, running, moments, share)
