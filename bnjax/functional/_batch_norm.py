@@ -107,6 +107,12 @@ Correction = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for each shape, however many layers have it
+@partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names("measured"),
+    static_argnums=(0, 1, 2, 3),
+)
 def normalize_batch(
     reduction: Reduction,
     epsilon: float,
@@ -135,53 +141,39 @@ def normalize_batch(
     """
     expand, wide_dtype = reduction.layout.expand, _axes.statistics_dtype(x, scale, bias)
 
-    @partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("measured"))
-    def layer(
-        x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, weights: jax.Array | None, others: Any
-    ) -> tuple[jax.Array, Moments]:
-        batch, rstd = _measure_and_keep(epsilon, x, weights, reduction)
-        wide = widen(x)
-        z = (wide - expand(batch.K)) * expand(rstd)
-        mean, var = formula_of(batch, rstd, z, weights, reduction)
-        a = value_of(jnp.ones_like(var), lax.rsqrt(var + epsilon * squared(rstd)))  # var + ε·rstd² is 1 by measurement
-        b = None if bias is None else _collectives.match(bias.astype(wide_dtype), mean)
-        s = None if scale is None else _collectives.match(scale.astype(wide_dtype), mean)
-        if correction is not None:
-            r, d = lax.stop_gradient(correction(batch, rstd, *others))
-            shift = d if s is None else d * s
-            s, b = r if s is None else r * s, shift if b is None else shift + b
-        a = a if s is None else a * s
-        c = -mean * a if b is None else b - mean * a
-        if weights is None:
-            a, c = _collectives.vary_together((a, c), x)
-            # The derivative in `a` sums dy·u. XLA:CPU computes that sum in one loop only if nothing else reads u. If u
-            # were z, which dx reads too, it would be written to memory in the forward pass and kept. So u is x − K,
-            # written in terms that XLA does not find equal to those of z, and the value of y comes from z. A block thus
-            # keeps two activations and not three.
-            u = wide + expand(-batch.K)
-            y = value_of(z * expand(a) + expand(c), u * expand(a * rstd) + expand(c))
-        else:  # NaN at weight 0 is read as the mean, so that it reaches neither y nor the derivative
-            a, c, read = _collectives.vary_together((a, c, mean), x)
-            known = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(read))
-            y = known * expand(a) + expand(c)
-        return y.astype(dtype), moments_of(batch, rstd, mean, var)
-
-    return layer(x, scale, bias, weights, others)
+    batch: Measured = jax.tree.map(_keep, measure(x, weights, reduction, _FLOOR * epsilon))
+    rstd = _keep(scaled_rstd(batch, epsilon))
+    wide = widen(x)
+    z = (wide - expand(batch.K)) * expand(rstd)
+    mean, var = formula_of(batch, rstd, z, weights, reduction)
+    a = value_of(jnp.ones_like(var), lax.rsqrt(var + epsilon * squared(rstd)))  # var + ε·rstd² is 1 by measurement
+    b = None if bias is None else _collectives.match(bias.astype(wide_dtype), mean)
+    s = None if scale is None else _collectives.match(scale.astype(wide_dtype), mean)
+    if correction is not None:
+        r, d = lax.stop_gradient(correction(batch, rstd, *others))
+        shift = d if s is None else d * s
+        s, b = r if s is None else r * s, shift if b is None else shift + b
+    a = a if s is None else a * s
+    c = -mean * a if b is None else b - mean * a
+    if weights is None:
+        a, c = _collectives.vary_together((a, c), x)
+        # The derivative in `a` sums dy·u. XLA:CPU computes that sum in one loop only if nothing else reads u. If u
+        # were z, which dx reads too, it would be written to memory in the forward pass and kept. So u is x − K,
+        # written in terms that XLA does not find equal to those of z, and the value of y comes from z. A block thus
+        # keeps two activations and not three.
+        u = wide + expand(-batch.K)
+        y = value_of(z * expand(a) + expand(c), u * expand(a * rstd) + expand(c))
+    else:  # NaN at weight 0 is read as the mean, so that it reaches neither y nor the derivative
+        a, c, read = _collectives.vary_together((a, c, mean), x)
+        known = jnp.where(_axes.takes_part(weights) | jnp.isfinite(x), z, expand(read))
+        y = known * expand(a) + expand(c)
+    return y.astype(dtype), moments_of(batch, rstd, mean, var)
 
 
-def _measure_and_keep(
-    epsilon: float, x: jax.Array, weights: jax.Array | None, reduction: Reduction
-) -> tuple[Measured, jax.Array]:
-    """Returns the measured moments of a batch and 1/√(var + ε), named so that the checkpoint keeps them."""
-    batch = measure(x, weights, reduction, _FLOOR * epsilon)
-    kept = batch._replace(count=batch.count if isinstance(batch.count, jax.Array) else None)
-    vectors, rstd = jax.tree.map(_keep, (kept, scaled_rstd(batch, epsilon)))
-    return vectors._replace(count=batch.count if vectors.count is None else vectors.count), rstd
-
-
-def _keep(vector: jax.Array) -> jax.Array:
+def _keep(vector: Any) -> Any:
     """Names a vector so that the checkpoint keeps it; a complex one as two, because JAX names real arrays only."""
+    if not isinstance(vector, jax.Array):
+        return vector  # a count that is known before the program runs
     if jnp.iscomplexobj(vector):
         return lax.complex(_keep(vector.real), _keep(vector.imag))
-    named: jax.Array = checkpoint_name(vector, "measured")
-    return named
+    return checkpoint_name(vector, "measured")

@@ -87,29 +87,22 @@ def group_size(group: Group) -> int:
     return math.prod(lax.axis_size(name) for name in group.names)
 
 
-def pool_together(sums: Sequence[jax.Array], group: Group) -> Sequence[jax.Array]:
+def pool(sums: Sequence[jax.Array], group: Group) -> Sequence[jax.Array]:
     """Adds each of several per-channel sums over the group, in one all-reduce.
 
     Real sums come back real, also where a complex one makes the stacked array complex.
     """
     if not group.names:
         return sums  # stacking them would only cost compile time
-    pooled = pool(jnp.stack(sums), group)
-    return [p if jnp.iscomplexobj(s) else p.real for p, s in zip(pooled, sums, strict=True)]
-
-
-def pool(sums: jax.Array, group: Group) -> jax.Array:
-    """Adds `sums` over the group in one all-reduce."""
-    if not group.names:
-        return sums
     try:
-        return lax.psum(sums, group.names, axis_index_groups=group.index_groups)
+        pooled = lax.psum(jnp.stack(sums), group.names, axis_index_groups=group.index_groups)
     except NotImplementedError as error:  # the empty error that JAX raises under check_vma=True
         raise ValueError(
             "axis_index_groups does not work in shard_map(check_vma=True): JAX cannot type its result. Use a mesh of "
             "two axes, such as Mesh(devices.reshape(groups, size), ('group', 'member')), shard the batch over both and "
             "pass axis_name='member'; or use check_vma=False."
         ) from error
+    return [p if jnp.iscomplexobj(s) else p.real for p, s in zip(pooled, sums, strict=True)]
 
 
 def warn_if_local(running: jax.Array, batch: jax.Array, shape: tuple[int, ...]) -> None:

@@ -74,7 +74,7 @@ def averages(
     if weights is None:
         sums = [jnp.sum(c, rows), jnp.sum(squared(c), rows)]
         count = math.prod(c.shape[a] for a in rows) * _collectives.group_size(group)
-        first, second = _collectives.pool_together(sums, group)
+        first, second = _collectives.pool(sums, group)
         n = float(max(count, 1))  # a float, because the number of rows may exceed what an int32 holds
         return first / n, second / n, float(count)
     known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 does not count
@@ -82,10 +82,10 @@ def averages(
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
     sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows)]
     if W is None:
-        first, second, total = _collectives.pool_together([*sums, _weight_sum(c, weights, layout)], group)
+        first, second, total = _collectives.pool([*sums, _weight_sum(c, weights, layout)], group)
         W = _as_count(total)
     else:
-        first, second = _collectives.pool_together(sums, group)
+        first, second = _collectives.pool(sums, group)
     rows_or_one = jnp.where(W == 0, 1, W)
     return first / rows_or_one, second / rows_or_one, W
 

@@ -105,11 +105,10 @@ def pool_moments(
     ((mean, var, n),) = _axes.of_one_shape("moments", moments)
     group = _collectives.group_of(axis_name, axis_index_groups, mean.shape)
     mean, var = jnp.where(n > 0, mean, 0), jnp.where(n > 0, var, 0)
-    count, total = _collectives.pool(jnp.stack([n, n * mean]), group)
-    count = count.real  # both travel together, complex if the mean is
+    count, total = _collectives.pool([n, n * mean], group)
     whole = jnp.where(count > 0, count, 1)
     pooled = total / whole
-    spread = _collectives.pool(n * (var + squared(mean - pooled)), group)
+    (spread,) = _collectives.pool([n * (var + squared(mean - pooled))], group)
     return Moments(pooled, spread / whole, count / copies)
 
 

@@ -117,7 +117,8 @@ def _estimated_bwd(rule: Rule, reduction: Reduction, kept: Any, dx: jax.Array) -
     layout, W = reduction.layout, scaling.count
     wide = x.astype(dx.dtype)
     total = jnp.sum(wide * dx, layout.rows)
-    projection = _collectives.pool(total, reduction.group) / jnp.where(W > 0, W, 1)
+    (pooled,) = _collectives.pool([total], reduction.group)
+    projection = pooled / jnp.where(W > 0, W, 1)
     average, new = rule(state, projection, scaling)
     good = (W > 0) & jnp.isfinite(projection) & jnp.isfinite(scaling.square)
     pull = wide * layout.expand(average * scaling.rstd**2)
