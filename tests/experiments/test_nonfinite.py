@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,8 +113,8 @@ def test_a_bad_batch_changes_nothing(partition: str, devices: int) -> None:
         ((state, (row,)),) = chunks(step, state, iter([bad]), mesh, [1 + number])
         assert row["skipped"] == number
         for part in ("params", "batch_stats"):
-            jax.tree.map(np.testing.assert_array_equal, getattr(before, part), getattr(state, part))
-        jax.tree.map(np.testing.assert_array_equal, before.opt_state.inner_state, state.opt_state.inner_state)
+            chex.assert_trees_all_equal(getattr(before, part), getattr(state, part))
+        chex.assert_trees_all_equal(before.opt_state.inner_state, state.opt_state.inner_state)
     ((state, (row,)),) = chunks(step, state, iter([good]), mesh, [2 + number])
     assert row["skipped"] == 0 and state.opt_state.total_notfinite == len(BAD)
     assert np.isfinite(row["loss"])
@@ -127,7 +128,7 @@ def test_an_overflow_of_the_scaled_loss_spares_the_statistics_and_halves_the_sca
     batch = next(as_floats(digits()))
     ((state, (row,)),) = chunks(step, state, iter([batch]), mesh, [1])
     assert np.isfinite(row["loss"]) and row["skipped"] == 1  # the moments of this batch are good, its gradient is not
-    jax.tree.map(np.testing.assert_array_equal, before.batch_stats, state.batch_stats)
+    chex.assert_trees_all_equal(before.batch_stats, state.batch_stats)
     assert state.loss_scale.scale == 2.0**39
     for number in range(2, 40):
         ((state, (row,)),) = chunks(step, state, iter([batch]), mesh, [number])

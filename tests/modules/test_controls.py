@@ -4,6 +4,7 @@ import pathlib
 import re
 import types
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def check(stats, params, *xs):
 
 
 def check_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def check_close(a, b, tol):

@@ -6,6 +6,7 @@ evaluation, dtypes, and the linen and nnx modules, which must agree with the fun
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,7 +207,7 @@ def test_modules_evaluate_by_what_they_hold(api, variant):
     stats, params = layer.stats, layer.params
     y = layer(x, use_running_average=True)
     layer(x, update_stats=False)
-    jax.tree.map(np.testing.assert_array_equal, (layer.stats, layer.params), (stats, params))
+    chex.assert_trees_all_equal((layer.stats, layer.params), (stats, params))
     want = variant.evaluate(x, stats["mean"], stats["var"], params["scale"], params["bias"], axis=MASKED.axis)
     assert_close(y, want, tolerance(MASKED), what="y")
 

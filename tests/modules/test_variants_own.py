@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,7 +222,7 @@ def test_a_domain_that_is_none(domain):
         layer.apply(variables, x, domain=domain, mutable=["batch_stats"])
     y, updates = jax.jit(lambda d: layer.apply(variables, x, domain=d, mutable=["batch_stats"]))(domain)
     assert np.isnan(y).all()
-    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
 
 
 @pytest.mark.parametrize("domain", [jnp.array([0, 1]), 0.0, True])

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def through_orbax(tree, folder):
 
 
 def assert_trees_equal(actual, wanted):
-    jax.tree.map(np.testing.assert_array_equal, actual, wanted)
+    chex.assert_trees_all_equal(actual, wanted)
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
 
 
