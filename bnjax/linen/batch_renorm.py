@@ -1,7 +1,7 @@
 """Defines `BatchRenorm` for flax.linen."""
 
 from bnjax.functional import renorm_d_max, renorm_r_max
-from bnjax.functional._batch_renorm import Limit, Renorm
+from bnjax.functional.variants._batch_renorm import Limit, Renorm
 from bnjax.linen.batch_norm import BatchNorm
 
 

@@ -1,6 +1,6 @@
 """Defines `FrozenBatchNorm` for flax.linen."""
 
-from bnjax.functional._frozen_batch_norm import Frozen
+from bnjax.functional.variants._frozen_batch_norm import Frozen
 from bnjax.linen.batch_norm import BatchNorm
 
 

@@ -1,6 +1,6 @@
 """Defines `GhostBatchNorm` for flax.linen."""
 
-from bnjax.functional._ghost_batch_norm import Ghost
+from bnjax.functional.variants._ghost_batch_norm import Ghost
 from bnjax.linen.batch_norm import BatchNorm
 
 

@@ -7,7 +7,7 @@ import jax
 from flax.linen.module import merge_param
 
 from bnjax.functional import Moments, Normalization, RunningStats, _module, merge_moments
-from bnjax.functional._split_batch_norm import Domain, at_domain, set_domain, take_row
+from bnjax.functional.variants._split_batch_norm import Domain, at_domain, set_domain, take_row
 from bnjax.linen.batch_norm import BatchNorm
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bnjax.functional import renorm_d_max, renorm_r_max
-from bnjax.functional._batch_renorm import Limit, Renorm
+from bnjax.functional.variants._batch_renorm import Limit, Renorm
 from bnjax.nnx.batch_norm import BatchNorm
 
 

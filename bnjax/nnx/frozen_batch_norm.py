@@ -1,6 +1,6 @@
 """Defines `FrozenBatchNorm` for flax.nnx."""
 
-from bnjax.functional._frozen_batch_norm import Frozen
+from bnjax.functional.variants._frozen_batch_norm import Frozen
 from bnjax.nnx.batch_norm import BatchNorm
 
 

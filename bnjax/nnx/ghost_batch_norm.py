@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bnjax.functional._ghost_batch_norm import Ghost
+from bnjax.functional.variants._ghost_batch_norm import Ghost
 from bnjax.nnx.batch_norm import BatchNorm
 
 

@@ -7,7 +7,7 @@ import jax
 from flax.nnx.module import first_from
 
 from bnjax.functional import Normalization, _module
-from bnjax.functional._split_batch_norm import Domain, at_domain, set_domain, take_row
+from bnjax.functional.variants._split_batch_norm import Domain, at_domain, set_domain, take_row
 from bnjax.nnx._variables import write
 from bnjax.nnx.batch_norm import BatchNorm
 

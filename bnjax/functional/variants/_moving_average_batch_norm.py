@@ -11,7 +11,7 @@ from jax import lax
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._measure import Reduction
 from bnjax.functional._moments import Moments
-from bnjax.functional._second_moment import Operands, Scaling, estimated
+from bnjax.functional.variants._second_moment import Operands, Scaling, estimated
 
 
 class RecentStats(NamedTuple):
