@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(items):
     """
     tables = defaultdict(list)
     for item in items:
-        tables[item.nodeid.partition("[")[0]].append(item)
+        if not item.get_closest_marker("exhaustive"):
+            tables[item.nodeid.partition("[")[0]].append(item)
     for rows in tables.values():
         kept = [item for item in rows if zlib.crc32(item.nodeid.encode()) % KEPT == 0] or rows[:1]
         if len(rows) > LARGE_TABLE:
