@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ class Passes:
     def run(
         self, batches: Iterable[Any], weights: Mapping[Path, float], label: str, *, others_train: bool = False
     ) -> dict[Path, Total]:
-        """Returns the moments that the chosen layers meet, over all batches.
+        """Returns the moments that the chosen layers meet, over all batches; the layers in the order in which they run.
 
         Args:
           batches: what the model takes.
@@ -52,30 +53,31 @@ class Passes:
           others_train: whether the layers that were not chosen normalise by the batch.
         """
         totals: dict[Path, Total] = {}
-        ahead = None
+        ahead, order = None, self.chosen
         for batch in shown(batches, self._progress, label):
             # The batch was loaded while the device worked on the one before it. That one must have ended: all-reduces
             # of two programs at once would wait for each other where there are several processes.
             found = jax.block_until_ready(ahead)
+            order = list(self._ran(batch, others_train)) if ahead is None else order
             ahead = self.step(weights, batch, others_train=others_train)
             if found is not None:
                 totals = _added(totals, found)
         if ahead is None:
             raise ValueError(_EMPTY)
-        return _added(totals, ahead)
+        totals = _added(totals, ahead)
+        return {layer: totals[layer] for layer in order}
 
     def order(self, batches: Iterable[Any]) -> list[Path]:
         """Returns the chosen layers in the order in which they run, without those whose statistics are constants."""
         for batch in batches:
-            ran = layers_in(self._program.trace(*self._variables({}), batch, others_train=False).jaxpr.jaxpr)
+            ran = self._ran(batch, others_train=False)
             break
         else:
             raise ValueError(_EMPTY)
-        place = {layer: _place(layer, list(ran)) for layer in self.chosen}
-        _refuse_missing([layer for layer in self.chosen if place[layer] < 0])
-        changing = [layer for layer in self.chosen if not list(ran.values())[place[layer]]]
+        _refuse_missing([layer for layer, constant in ran.items() if constant is None])
+        changing = [layer for layer, constant in ran.items() if not constant]
         _refuse_if_empty(changing, self.chosen)
-        return sorted(changing, key=lambda layer: place[layer])
+        return changing
 
     def update(self, totals: Mapping[Path, Total]) -> None:
         """Puts the moments in the place of the running averages, except where these are constants.
@@ -110,6 +112,18 @@ class Passes:
         """Returns the variables, or a new module, as they are after the updates."""
         return self._built(self.tree.build(self.tree.leaves))
 
+    def _ran(self, batch: Any, others_train: bool) -> dict[Path, bool | None]:
+        """Returns the chosen layers in the order in which they run, those that do not run last.
+
+        The values say whether the statistics of a layer are constants; None where it does not run.
+        """
+        marks = layers_in(self._program.trace(*self._variables({}), batch, others_train=others_train).jaxpr.jaxpr)
+        names = {layer: _name_among(layer, marks) for layer in self.chosen}
+        place = {name: i for i, name in enumerate((*marks, None))}
+        return {
+            layer: marks.get(names[layer] or "") for layer in sorted(self.chosen, key=lambda layer: place[names[layer]])
+        }
+
     def _built(self, tree: Any) -> Any:
         return tree if self._graph is None else nnx.merge(self._graph, tree)
 
@@ -138,10 +152,10 @@ def _refuse_if_empty(changing: Any, layers: Iterable[Path]) -> None:
         )
 
 
-def _place(layer: Path, ran: Sequence[str]) -> int:
-    """Returns where a layer stands among the names of those that ran, -1 if nowhere; a model may run below a prefix."""
+def _name_among(layer: Path, ran: Mapping[str, bool]) -> str | None:
+    """Returns the name by which a layer ran, None if it did not; a model may run below a prefix."""
     names = ["/".join(layer[i:]) or show(()) for i in range(len(layer) + 1)]
-    return next((ran.index(name) for name in names if name in ran), -1)
+    return next((name for name in names if name in ran), None)
 
 
 def _added(totals: dict[Path, Total], found: Mapping[Path, Mapping[str, jax.Array]]) -> dict[Path, Total]:
@@ -222,7 +236,17 @@ class _Function:
 
 
 def _key(value: Any) -> Any:
-    """Returns what is equal for equal values: itself, or its parts; the identity of what neither hashes nor opens."""
+    """Returns what is equal for equal values: itself, or its parts; the identity of what neither hashes nor opens.
+
+    Functions are equal that have the same code and the same values around it: a lambda in a loop is one function.
+    """
+    if isinstance(value, FunctionType):
+        around = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        held = (*around, value.__defaults__, value.__kwdefaults__)
+        # functions among them by identity, since one may hold itself
+        return value.__code__, tuple(_Same(v) if isinstance(v, FunctionType) else _key(v) for v in held)
+    if isinstance(value, MethodType):
+        return value.__func__, _key(value.__self__)
     if isinstance(value, partial):
         return partial, _key(value.func), _key(value.args), _key(value.keywords)
     if isinstance(value, (tuple, list)):

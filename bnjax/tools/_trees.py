@@ -115,6 +115,8 @@ def select(paths: Iterable[Path], patterns: Sequence[str] | None) -> list[Path]:
         return paths
     if isinstance(patterns, str):
         raise ValueError(f"layers must be a sequence of patterns; got the string {patterns!r}: write [{patterns!r}].")
+    if not patterns:
+        raise ValueError(f"layers is empty: name some of {[show(p) for p in paths]}, or leave it out for all of them.")
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"layers: {pattern!r} fits no layer; the layers are {[show(p) for p in paths]}.")

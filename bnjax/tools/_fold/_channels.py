@@ -12,6 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from bnjax.tools._fold._flow import Flow, Op
+from bnjax.tools._fold._names import name_of
 
 Index = np.ndarray[Any, Any]
 _LARGEST = 2**24  # positions of an index; a reshape that mixes rows and channels would need one for each
@@ -189,7 +190,7 @@ def _scaled(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 def _unevenly(op: Op, x: Channels) -> Channels:
     """Behind an operation that leaves 0 as it is, and no other constant."""
-    return x._replace(uneven=x.uneven or op.name) if x.factor else x
+    return x._replace(uneven=x.uneven or name_of(op)) if x.factor else x
 
 
 def _added(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:

@@ -24,6 +24,10 @@ _WORDS = {
     "reshape": "reshape",
     "transpose": "transpose",
     "pad": "pad",
+    **dict.fromkeys(("add", "add_any"), "a sum"),
+    "sub": "a difference",
+    "mul": "a product",
+    "div": "a quotient",
 }
 _LIBRARIES = tuple(os.path.join(*module.__path__, "") for module in (jax, flax))
 

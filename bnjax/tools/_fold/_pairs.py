@@ -62,14 +62,17 @@ def find_pairs(marked: Marked, names: list[Path]) -> tuple[list[Match], dict[Pat
     """
     search = _Search(marked, names)
     matches: list[Match] = []
-    left: dict[Path, str] = {}
-    for label, site in marked.sites.items():
-        if isinstance(site.layer, Norm):
-            found = search.partner(label, site, site.layer)
-            if isinstance(found, Match):
-                matches.append(found)
-            else:
-                left[site.path] = found
+    norms = {label: site for label, site in marked.sites.items() if isinstance(site.layer, Norm)}
+    left = {site.path: "its output is not used" for site in norms.values()}
+    for label, site in norms.items():
+        if label not in search.sites:  # a loop may be traced several times, and one of these is used
+            continue
+        found = search.partner(label, site, site.layer)
+        if isinstance(found, Match):
+            matches.append(found)
+            del left[site.path]
+        else:
+            left[site.path] = found
     return matches, left
 
 
@@ -85,10 +88,8 @@ class _Search:
         self.stored = Stored(marked, names)
         self.ends = {label: self._from(label, site) for label, site in self.sites.items()}
 
-    def partner(self, label: str, site: Site, norm: Norm) -> Match | str:
-        """The layer before a normalization, else the layer after it, else the reasons against both."""
-        if label not in self.sites:
-            return "its output is not used"
+    def partner(self, label: str, site: Site, norm: Any) -> Match | str:
+        """Returns the layer before a normalization, else the layer after it, else the reasons against both."""
         problem = norm.problem or self._alone(label, site)
         if problem:
             return problem
@@ -190,6 +191,8 @@ class _Search:
         sites = [self._label(end.op, "input") for end in ends]
         around = self._around(label)
         names = [show(self.sites[s].path) if s else name_of(e.op, around) for s, e in zip(sites, ends, strict=True)]
+        if len(ends) > 1:  # one operation, such as gelu, may hand its input on beside what it makes of it
+            names = [end.channels.uneven or name for name, end in zip(names, ends, strict=True)]
         return " and ".join(dict.fromkeys(names))
 
 
