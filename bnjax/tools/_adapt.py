@@ -24,7 +24,7 @@ def adapt_statistics(
     samples: float | None = None,
     layers: Sequence[str] | None = None,
 ) -> Any:
-    r"""Mixes the statistics of training with those of the data met now; the old ones weigh as `prior` samples.
+    r"""Adapts the statistics of training to the data met now; the old ones weigh as `prior` samples.
 
     .. math::
         \mathrm{mean} = \frac{N \mu_s + n \mu_t}{N + n}, \qquad
@@ -100,7 +100,7 @@ def _samples_in(x: Any) -> int:
 
 
 def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
-    r"""The entropy of the predictions: the loss of Tent.
+    r"""Computes the entropy of the predictions, the loss of Tent.
 
     .. math:: H = -\sum_k p_k \log p_k, \qquad p = \mathrm{softmax}(\mathrm{logits})
 
@@ -127,7 +127,7 @@ def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
 
 
 def tent(optimizer: optax.GradientTransformation, params: Any, batch_stats: Any) -> optax.GradientTransformation:
-    r"""The optimizer of Tent: trains the scale and bias of batch normalization and nothing else.
+    r"""Returns the optimizer of Tent, which trains the scale and bias of batch normalization and nothing else.
 
     .. math:: (\mathrm{scale}, \mathrm{bias}) \leftarrow (\mathrm{scale}, \mathrm{bias})
               - \eta\,\nabla\,\mathrm{mean}\,H(\text{model}(x))
@@ -175,7 +175,7 @@ def tent(optimizer: optax.GradientTransformation, params: Any, batch_stats: Any)
 
 
 def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -> Any:
-    r"""A step of an EMA teacher whose statistics follow the student's, as its weights do (EMAN).
+    r"""Moves an EMA teacher one step towards its student, in its weights and in its statistics (EMAN).
 
     .. math:: \theta_\text{teacher} \leftarrow m\,\theta_\text{teacher} + (1 - m)\,\theta_\text{student},
               \qquad \theta = (\mathrm{params}, \mathrm{mean}, \mathrm{var})

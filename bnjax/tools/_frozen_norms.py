@@ -13,7 +13,7 @@ from bnjax.tools._layers import Call, described, handling, is_norm
 
 @contextmanager
 def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
-    r"""Within it, linen batch normalization layers run on their running statistics and leave them as they are.
+    r"""Runs linen batch normalization layers on their running statistics, which stay, while the context is open.
 
     .. math:: y = \frac{x - \mathrm{mean}_\text{running}}{\sqrt{\mathrm{var}_\text{running} + \epsilon}}
               \cdot \mathrm{scale} + \mathrm{bias}

@@ -151,7 +151,7 @@ def _set_handlers(handlers: tuple[tuple[Handler, Hashable], ...]) -> None:
 
 @contextmanager
 def no_handling() -> Iterator[None]:
-    """Hands no call over while the context is open: for what a handler itself calls in place of a layer."""
+    """Stops handing calls over while the context is open: for what a handler itself calls in place of a layer."""
     handlers, _active.handlers = _active.handlers, ()
     try:
         yield

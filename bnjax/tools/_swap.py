@@ -175,7 +175,7 @@ def _to_flax(path: Any, module: Any, fields: dict[str, Any]) -> nnx.Module:
 
 @contextmanager
 def swapped_norms(**fields: Any) -> Iterator[None]:
-    r"""Within it, `flax.linen.BatchNorm` layers compute as `bnjax.linen.BatchNorm` does, with the same variables.
+    r"""Runs `flax.linen.BatchNorm` layers as `bnjax.linen.BatchNorm` does, with the same variables.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 

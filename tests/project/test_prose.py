@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("experiments", "tests")  # where docstrings have been rewritten; bnjax is to follow
+FOLDERS = ("experiments", "tests", "bnjax/tools")  # where docstrings have been rewritten; bnjax is to follow
 LEAST = 0.9  # share of the functions with a docstring, private ones and methods included
 VERBS = set(
     re.findall(

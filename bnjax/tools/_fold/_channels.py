@@ -34,19 +34,19 @@ class Channels(NamedTuple):
     uneven: str = ""
 
     def along(self, axis: int) -> Index | None:
-        """The channels along one axis, if they change along no other."""
+        """Returns the channels along one axis, if they change along no other."""
         return self.at.reshape(-1) if self.at.size == self.at.shape[axis] else None
 
 
 def channels_at(axis: int, size: int, rank: int, factor: float = 1.0) -> Channels:
-    """The channels 0, 1, ... along an axis of a value."""
+    """Returns the channels 0, 1, ... along an axis of a value."""
     shape = [1] * rank
     shape[axis] = size
     return Channels(np.arange(size).reshape(shape), factor)
 
 
 def behind(op: Op, known: Mapping[int, Channels], flow: Flow) -> Channels | None:
-    """The channels of the output of an operation, those of some inputs being known; None where it does not pass."""
+    """Returns the channels of the output of an operation, some inputs being known; None where it does not pass."""
     rule = _RULES.get(op.name)
     if rule is None or len(op.outputs) != 1:
         return None
@@ -66,7 +66,7 @@ def _converted(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 
 def _moved(change: Callable[[Op, Index, Flow], Index | None]) -> Rule:
-    """The rule of an operation that only puts the first input's elements elsewhere."""
+    """Returns the rule of an operation that only puts the first input's elements elsewhere."""
 
     def rule(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
         if inputs[0] is None or any(more is not None for more in inputs[1:]):
@@ -99,7 +99,7 @@ def _reshaped(op: Op, index: Index, flow: Flow) -> Index | None:
 
 
 def _compressed(index: Index) -> Index:
-    """The index with size 1 along axes where nothing changes."""
+    """Returns the index with size 1 along axes where nothing changes."""
     for axis in range(index.ndim):
         first = index.take([0], axis)
         index = first if np.all(index == first) else index
@@ -172,7 +172,7 @@ def _pooled(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 
 def _over(op: Op, x: Channels, count: int) -> Channels:
-    """The sum of so many positions, or the largest or smallest of them."""
+    """Returns the channels of the sum of so many positions, or of the largest or smallest of them."""
     return x._replace(factor=x.factor * count) if op.name.endswith("sum") else x._replace(ordered=True)
 
 
@@ -189,12 +189,12 @@ def _scaled(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 
 def _unevenly(op: Op, x: Channels) -> Channels:
-    """Behind an operation that leaves 0 as it is, and no other constant."""
+    """Returns the channels behind an operation that leaves 0 as it is, and no other constant."""
     return x._replace(uneven=x.uneven or name_of(op)) if x.factor else x
 
 
 def _added(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
-    """Two values with the same channels at the same places."""
+    """Returns the channels of the sum of two values that have the same channels at the same places."""
     x, y = inputs
     if x is None or y is None or not np.array_equal(x.at, y.at):
         return None

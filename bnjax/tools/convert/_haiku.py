@@ -42,7 +42,7 @@ def from_haiku(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> Any:
-    r"""Variables with the values of a Haiku network.
+    r"""Returns variables with the values of a Haiku network.
 
     .. math:: \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var}, \mathrm{steps} =
               \mathtt{scale}, \mathtt{offset}, \mathtt{mean\_ema/average}, \mathtt{var\_ema/average}, \mathtt{counter}
@@ -109,7 +109,7 @@ def to_haiku(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, dict[str, Array]]]:
-    r"""The values of variables in the trees of a Haiku network: the inverse of :func:`from_haiku`.
+    r"""Returns the values of variables in the trees of a Haiku network: the inverse of :func:`from_haiku`.
 
     .. math:: \mathtt{hidden} = (1 - d^t) \cdot \mathtt{average}, \qquad t = \mathtt{counter}
 
@@ -160,7 +160,7 @@ def to_haiku(
 
 
 def fields_from_haiku(decay_rate: float, eps: float = 1e-5) -> dict[str, Any]:
-    r"""The fields of `bnjax.BatchNorm` for the arguments of `haiku.BatchNorm`.
+    r"""Returns the fields of `bnjax.BatchNorm` for the arguments of `haiku.BatchNorm`.
 
     .. math:: \mathrm{momentum} = \mathtt{decay\_rate}, \quad \epsilon = \mathtt{eps}
 
@@ -193,13 +193,13 @@ def _flat(nested: Nested) -> dict[str, Any]:
 
 
 def _averages(state: Nested, counters: set[str]) -> dict[str, Any]:
-    """The state by key without what the averages make redundant: `hidden`, and counters that nothing asks for."""
+    """Returns the state by key without what the averages make redundant: `hidden`, counters nobody asks for."""
     derived = {f"{m}/{name}" for m in state if m.endswith(_AVERAGES) for name in ("hidden", "counter")}
     return {key: value for key, value in _flat(state).items() if key in counters or key not in derived}
 
 
 def _variances(state: Nested) -> dict[str, Array]:
-    """Those that rounding made negative as 0; what is further below zero is refused later."""
+    """Returns the variances, with those that rounding made negative as 0; those further below are refused later."""
     values = {}
     for module, held in state.items():
         norm, _, name = module.rpartition("/")
@@ -220,12 +220,12 @@ def _to_flax(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
 
 
 def _plain(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    """A kernel whose axes are in the same order in both: a transposed one is then of `transpose_kernel`."""
+    """Returns a kernel whose axes are in the same order in both: a transposed one is then of `transpose_kernel`."""
     return _flipped(value) if kernels.is_named_transposed(leaf.module) else value
 
 
 def _turned(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    """A kernel, read as that of a transposed convolution: Haiku stores [..., out, in] and does not mirror it."""
+    """Returns a kernel, read as that of a transposed convolution: Haiku stores [..., out, in], not mirrored."""
     return _flipped(value) if kernels.stores_transposed(leaf.module) else value.swapaxes(-1, -2)
 
 
@@ -247,7 +247,7 @@ def _to_haiku(value: Array, leaf: Leaf, like: Any, kernels: Kernels) -> Array:
 def _ema(
     module: str, held: Mapping[str, Any], values: Mapping[str, Array], decay_rate: float | None
 ) -> dict[str, Array]:
-    """One module of Haiku's state; that of an average is made of the average and its steps."""
+    """Returns one module of Haiku's state; that of an average is made of the average and its steps."""
     if not module.endswith(_AVERAGES):
         return {name: values[f"{module}/{name}"] for name in held}
     norm, _, _ = module.rpartition("/")
