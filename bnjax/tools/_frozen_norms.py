@@ -34,7 +34,7 @@ def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
       A context manager.
 
     Raises:
-      ValueError: `layers` is one string instead of a sequence, or a layer whose class does not say what it computes
+      ValueError: `layers` is one string instead of a sequence, or empty; or a layer whose class does not say what it computes
         (:class:`bnjax.Normalization`).
       RuntimeError: entered in a coroutine or a generator.
 
@@ -47,10 +47,8 @@ def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
       ...     print(jnp.round(norm.apply(variables, x)).T)
       [[4. 6.]]
     """
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be a sequence of patterns; got the string {layers!r}: write [{layers!r}].")
+    chosen = _trees.check_patterns(layers)
     refuse_where_code_pauses("frozen_norms")
-    chosen = None if layers is None else tuple(layers)
 
     def run(call: Call) -> jax.Array:
         named = chosen is None or any(_trees.matches(call.path, p) for p in chosen)

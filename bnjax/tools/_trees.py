@@ -110,19 +110,24 @@ def matches(path: Path, pattern: str) -> bool:
     return any(fnmatchcase(name, p) for p in (pattern, f"*/{pattern}", f"{pattern}/*", f"*/{pattern}/*"))
 
 
-def select(paths: Iterable[Path], patterns: Sequence[str] | None) -> list[Path]:
+def select(paths: Iterable[Path], layers: Sequence[str] | None) -> list[Path]:
     """Returns the paths that any of the patterns fits, all for None; raises ValueError for one that fits none."""
-    paths = list(paths)
+    paths, patterns = list(paths), check_patterns(layers)
     if patterns is None:
         return paths
-    if isinstance(patterns, str):
-        raise ValueError(f"layers must be a sequence of patterns; got the string {patterns!r}: write [{patterns!r}].")
-    if not patterns:
-        raise ValueError(f"layers is empty: name some of {[show(p) for p in paths]}, or leave it out for all of them.")
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"layers: {pattern!r} fits no layer; the layers are {[show(p) for p in paths]}.")
     return [path for path in paths if any(matches(path, p) for p in patterns)]
+
+
+def check_patterns(layers: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Returns the patterns of layers, None for all; raises ValueError for one string, and where there are none."""
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a sequence of patterns; got the string {layers!r}: write [{layers!r}].")
+    if layers is not None and len(layers) == 0:
+        raise ValueError("layers is empty, so no layer is named: name some, or leave it out for all of them.")
+    return None if layers is None else tuple(layers)
 
 
 def _raw_names(keys: Sequence[Any]) -> Path:

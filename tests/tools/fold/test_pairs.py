@@ -21,7 +21,10 @@ TOLERANCE = 1e-5  # some ten roundings of float32, through a layer
 ROWS, SIGNAL, IMAGE, VOLUME = (8, 3), (4, 6, 3), (4, 6, 6, 3), (2, 4, 4, 4, 3)
 
 
-def partitioned(names, init=nn.initializers.lecun_normal(), box=nn.with_partitioning):
+LECUN = nn.initializers.lecun_normal()
+
+
+def partitioned(names, init=LECUN, box=nn.with_partitioning):
     return box(init, names)
 
 
