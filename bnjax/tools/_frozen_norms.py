@@ -34,7 +34,7 @@ def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
       A context manager.
 
     Raises:
-      ValueError: `layers` is one string instead of a sequence, or empty; or a layer whose class does not say what it computes
+      ValueError: `layers` is one string or empty; or a layer whose class does not say what it computes
         (:class:`bnjax.Normalization`).
       RuntimeError: entered in a coroutine or a generator.
 

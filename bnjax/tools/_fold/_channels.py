@@ -6,16 +6,15 @@ are summed or averaged; the largest of them taken, if a is not negative.
 
 from collections.abc import Callable, Mapping
 from math import inf, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax import numpy as jnp
 
+from bnjax.tools._fold import _moves
 from bnjax.tools._fold._flow import Flow, Op
+from bnjax.tools._fold._moves import Index
 from bnjax.tools._fold._names import name_of
-
-Index = np.ndarray[Any, Any]
-_LARGEST = 2**24  # positions of an index; a reshape that mixes rows and channels would need one for each
 
 
 class Channels(NamedTuple):
@@ -77,54 +76,6 @@ def _moved(change: Callable[[Op, Index, Flow], Index | None]) -> Rule:
     return rule
 
 
-def _reshaped(op: Op, index: Index, flow: Flow) -> Index | None:
-    old, new = flow.shapes[op.inputs[0]], flow.shapes[op.outputs[0]]
-    before: list[int] = []
-    after: list[int] = []
-    i = j = 0
-    if 0 in old:
-        return None
-    while i < len(old) or j < len(new):  # dimensions that are split or merged among themselves
-        m, n = i + (i < len(old)), j + (j < len(new))
-        while prod(old[i:m]) != prod(new[j:n]):
-            if prod(old[i:m]) < prod(new[j:n]):
-                m += 1
-            else:
-                n += 1
-        varies = max(index.shape[i:m], default=1) > 1
-        before += old[i:m] if varies else [1] * (m - i)
-        after += new[j:n] if varies else [1] * (n - j)
-        i, j = m, n
-    return _compressed(np.broadcast_to(index, before).reshape(after)) if prod(before) <= _LARGEST else None
-
-
-def _compressed(index: Index) -> Index:
-    """Returns the index with size 1 along axes where nothing changes."""
-    for axis in range(index.ndim):
-        first = index.take([0], axis)
-        index = first if np.all(index == first) else index
-    return index
-
-
-def _broadcast(op: Op, index: Index, flow: Flow) -> Index:
-    shape = [1] * len(flow.shapes[op.outputs[0]])
-    for axis, size in zip(op.eqn.params["broadcast_dimensions"], index.shape, strict=True):
-        shape[axis] = size
-    return index.reshape(shape)
-
-
-def _sliced(op: Op, index: Index, flow: Flow) -> Index:
-    start, limit = op.eqn.params["start_indices"], op.eqn.params["limit_indices"]
-    steps = op.eqn.params["strides"] or (1,) * index.ndim
-    ranges = zip(start, limit, steps, strict=True)
-    return index[tuple(slice(None) if n == 1 else slice(*r) for n, r in zip(index.shape, ranges, strict=True))]
-
-
-def _sliced_somewhere(op: Op, index: Index, flow: Flow) -> Index | None:
-    old, new = flow.shapes[op.inputs[0]], flow.shapes[op.outputs[0]]
-    return index if all(n == 1 or a == b for n, a, b in zip(index.shape, old, new, strict=True)) else None
-
-
 def _concatenated(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
     parts = [part for part in inputs if part is not None]
     axis = op.eqn.params["dimension"]
@@ -134,10 +85,10 @@ def _concatenated(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
     wide = []
     for part, value in zip(parts, op.inputs, strict=True):
         sizes[axis] = flow.shapes[value][axis]
-        if prod(sizes) > _LARGEST:
+        if prod(sizes) > _moves.LARGEST:
             return None
         wide.append(np.broadcast_to(part.at, sizes))
-    return parts[0]._replace(at=_compressed(np.concatenate(wide, axis)))
+    return parts[0]._replace(at=_moves.compressed(np.concatenate(wide, axis)))
 
 
 def _padded(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
@@ -201,25 +152,17 @@ def _added(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
     return Channels(x.at, x.factor + y.factor, x.ordered or y.ordered, x.uneven or y.uneven)
 
 
-def _transposed(op: Op, index: Index, flow: Flow) -> Index:
-    return index.transpose(op.eqn.params["permutation"])
-
-
-def _reversed(op: Op, index: Index, flow: Flow) -> Index:
-    return np.flip(index, op.eqn.params["dimensions"])
-
-
 # What moves, copies or places a value; also all that may happen to a weight between its variable and a layer.
 SAME = ("name", "copy", "copy_p", "sharding_constraint", "reshard", "pvary", "pcast", "layout_constraint")
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(SAME, _same),
     "convert_element_type": _converted,
-    **dict.fromkeys(("reshape", "squeeze"), _moved(_reshaped)),
-    "broadcast_in_dim": _moved(_broadcast),
-    "transpose": _moved(_transposed),
-    "rev": _moved(_reversed),
-    "slice": _moved(_sliced),
-    "dynamic_slice": _moved(_sliced_somewhere),
+    **dict.fromkeys(("reshape", "squeeze"), _moved(_moves.reshaped)),
+    "broadcast_in_dim": _moved(_moves.broadcast),
+    "transpose": _moved(_moves.transposed),
+    "rev": _moved(_moves.reversed),
+    "slice": _moved(_moves.sliced),
+    "dynamic_slice": _moved(_moves.sliced_somewhere),
     "concatenate": _concatenated,
     "pad": _padded,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduced),

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnjax.tools._fold._channels import Channels, Index, behind, channels_at
+from bnjax.tools._fold._channels import Channels, behind, channels_at
 from bnjax.tools._fold._flow import Op
+from bnjax.tools._fold._moves import Index
 from bnjax.tools._fold._names import modules_around, name_of
 from bnjax.tools._fold._sites import Marked, Norm, Site
 from bnjax.tools._fold._stored import Stored

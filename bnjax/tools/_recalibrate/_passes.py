@@ -1,8 +1,6 @@
 """Passes of one compiled program over the batches; what the layers met is merged on the host in float64."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
-from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +10,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from bnjax.tools import _trees
-from bnjax.tools._layers import run_module
-from bnjax.tools._moments import Gathered, gather, gathered, layers_in, widened
-from bnjax.tools._progress import Progress, shown
+from bnjax.tools._recalibrate._moments import Gathered, gathered, layers_in
+from bnjax.tools._recalibrate._programs import compiled, refuse_missing
+from bnjax.tools._recalibrate._progress import Progress, shown
 from bnjax.tools._trees import Path, show
 
 Array = np.ndarray[Any, Any]
@@ -39,7 +37,7 @@ class Passes:
             self._graph, variables = nnx.split(variables)
         self.tree = _trees.flatten_with_layers(variables)
         self.chosen = _trees.select(self.tree.layers, layers)
-        self._program = _compiled(apply_fn, self._graph)
+        self._program = compiled(apply_fn, self._graph)
 
     def run(
         self, batches: Iterable[Any], weights: Mapping[Path, float], label: str, *, others_train: bool = False
@@ -74,7 +72,7 @@ class Passes:
             break
         else:
             raise ValueError(_EMPTY)
-        _refuse_missing([layer for layer, constant in ran.items() if constant is None])
+        refuse_missing([layer for layer, constant in ran.items() if constant is None])
         changing = [layer for layer, constant in ran.items() if not constant]
         _refuse_if_empty(changing, self.chosen)
         return changing
@@ -135,15 +133,6 @@ class Passes:
 _EMPTY = "batches is empty: there is nothing to take statistics of."
 
 
-def _refuse_missing(layers: Sequence[Path]) -> None:
-    if layers:
-        raise ValueError(
-            f"apply_fn ran no batch normalization with the statistics of {[show(layer) for layer in layers]}, or did "
-            "not return what it left there. Name the layers that run in layers=[...], and return all updates of "
-            "batch_stats; a layer that nnx.bridge.ToLinen wraps cannot be seen."
-        )
-
-
 def _refuse_if_empty(changing: Any, layers: Iterable[Path]) -> None:
     if not changing:
         raise ValueError(
@@ -161,7 +150,7 @@ def _name_among(layer: Path, ran: Mapping[str, bool]) -> str | None:
 def _added(totals: dict[Path, Total], found: Mapping[Path, Mapping[str, jax.Array]]) -> dict[Path, Total]:
     """Returns the totals with what one batch added."""
     met = {layer: gathered({k: _on_host(v) for k, v in s.items()}, is_complex=True) for layer, s in found.items()}
-    _refuse_missing([layer for layer, g in met.items() if not g.calls.any()])
+    refuse_missing([layer for layer, g in met.items() if not g.calls.any()])
     new = {layer: _total(g) for layer, g in met.items()}
     return {layer: _merged(totals[layer], total) for layer, total in new.items()} if totals else new
 
@@ -200,74 +189,3 @@ def _in_place_of(old: Any, new: jax.Array) -> jax.Array:
     """Returns `new` where the statistic was, in at least its precision."""
     new = new.astype(jnp.promote_types(jnp.result_type(old), new.dtype))
     return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
-
-
-def _compiled(apply_fn: Callable[..., Any], graph: Any) -> Any:
-    """Returns the program: the same one for the same function, so that it is compiled once for all calls."""
-    try:
-        return _program(_Function(apply_fn), graph)
-    except TypeError:  # a model that cannot be hashed
-        return _program.__wrapped__(_Function(apply_fn), graph)
-
-
-@lru_cache(maxsize=8)
-def _program(function: "_Function", graph: Any) -> Any:
-    run = function.call if graph is None else partial(run_module, function.call, graph)
-
-    def step(state: Any, weights: dict[Path, jax.Array], batch: Any, *, others_train: bool) -> Any:
-        tree = gather(run, widened(_trees.flatten(state), weights), batch, others_train=others_train)
-        _refuse_missing([layer for layer in weights if layer not in tree.layers])
-        return {layer: tree.stats(layer) for layer in weights}
-
-    return jax.jit(step, static_argnames="others_train")
-
-
-class _Function:
-    """`apply_fn`, equal to another one that calls the same function with the same arguments (`functools.partial`)."""
-
-    def __init__(self, call: Callable[..., Any]):
-        self.call, self._key = call, _key(call)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Function) and self._key == other._key
-
-
-def _key(value: Any) -> Any:
-    """Returns what is equal for equal values: itself, or its parts; the identity of what neither hashes nor opens.
-
-    Functions are equal that have the same code and the same values around it: a lambda in a loop is one function.
-    """
-    if isinstance(value, FunctionType):
-        around = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        held = (*around, value.__defaults__, value.__kwdefaults__)
-        # functions among them by identity, since one may hold itself
-        return value.__code__, tuple(_Same(v) if isinstance(v, FunctionType) else _key(v) for v in held)
-    if isinstance(value, MethodType):
-        return value.__func__, _key(value.__self__)
-    if isinstance(value, partial):
-        return partial, _key(value.func), _key(value.args), _key(value.keywords)
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_key, value))
-    if isinstance(value, dict):
-        return dict, tuple((k, _key(v)) for k, v in sorted(value.items()))
-    try:
-        hash(value)
-    except TypeError:
-        return _Same(value)
-    return type(value), value
-
-
-class _Same:
-    """Equal to nothing but another look at the same object, which it keeps from being replaced by a new one."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from bnjax.functional import Moments
-from bnjax.tools._passes import Passes, in_jax
-from bnjax.tools._progress import Progress
+from bnjax.tools._recalibrate._passes import Passes, in_jax
+from bnjax.tools._recalibrate._progress import Progress
 from bnjax.tools._trees import Path, show
 
 
