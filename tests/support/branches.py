@@ -53,7 +53,7 @@ def inputs(shapes):
 def linen(table, shapes):
     """Builds a network of branches; returns it with variables that differ from their initial values, and an input."""
     model, x = Branches(table), inputs(shapes)
-    return model, zoo.trained(jax.jit(model.init)(jax.random.key(1), x)), x
+    return model, zoo.trained(jax.eval_shape(model.init, jax.random.key(1), x)), x
 
 
 def in_nnx(table, shapes):

@@ -73,7 +73,7 @@ def branched(x):
     norm = Norm()
     y = nn.Dense(4)(x)
     return (
-        jax.lax.cond(jnp.sum(y) > 0, norm, lambda y: 2 * norm(y), y)
+        jax.lax.cond(jnp.sum(y) > 0, lambda y: norm(y), lambda y: 2 * norm(y), y)
         if norm.has_variable("params", "scale")
         else norm(y)
     )
@@ -126,7 +126,11 @@ LEFT = {  # branch -> what it runs, the shape of its input, what the reason says
     # zeros that a shift does not reach
     "padded": (lambda x: nn.Conv(4, (3,))(Norm()(x)), SIGNAL, "pads with zeros"),
     "causal": (lambda x: nn.Conv(4, (3,), padding="CAUSAL")(Norm()(x)), SIGNAL, "pads with zeros"),
-    "transposed": (lambda x: nn.ConvTranspose(4, (3,))(Norm()(x)), SIGNAL, "zeros between the positions"),
+    "transposed": (
+        lambda x: nn.ConvTranspose(4, (3,), (2,), padding="VALID")(Norm()(x)),
+        SIGNAL,
+        "zeros between the positions",
+    ),
     "dilated": (
         lambda x: nn.Conv(4, (3, 3), input_dilation=2, padding=0)(Norm()(x)),
         IMAGE,
@@ -137,7 +141,7 @@ LEFT = {  # branch -> what it runs, the shape of its input, what the reason says
         SIGNAL,
         "average pool in between",
     ),
-    "weighted": (lambda x: nn.Dense(4)(Norm()(x) * jnp.arange(6.0)[:, None]), SIGNAL, "a product in between"),
+    "weighted": (lambda x: nn.Dense(4)(Norm()(x) * jnp.arange(6.0).reshape(1, 6, 1)), SIGNAL, "a product in between"),
     # what is before and behind, by the name that people know
     "argument": (lambda x: nn.relu(Norm()(x)), ROWS, "its input is an argument of the model"),
     "relu": (lambda x: nn.tanh(Norm()(nn.relu(nn.Dense(4)(x)))), ROWS, "made by relu; its output goes into tanh"),
@@ -160,7 +164,7 @@ LEFT = {  # branch -> what it runs, the shape of its input, what the reason says
     "conditional": (lambda x: Norm(use_scale=False)(nn.Dense(4)(x), scale=jnp.ones(4)), ROWS, "its scale is given"),
     "two_axes": (lambda x: Norm(axis=(1, 2))(nn.Dense(4)(x)), SIGNAL, "several feature axes"),
     "training": (
-        lambda x: Norm(use_running_average=False)(nn.Dense(4)(x)),
+        lambda x: Norm(use_running_average=False)(nn.Dense(4)(x), update_stats=False),
         ROWS,
         "run the model in evaluation mode",
     ),
@@ -173,7 +177,7 @@ def folded():
     model, variables, x = branches.linen(
         {n: run for n, (run, *_) in LEFT.items()}, {n: s for n, (_, s, _) in LEFT.items()}
     )
-    return variables, tools.fold(lambda v, x: model.apply(v, x, mutable=["batch_stats"])[0], variables, x)
+    return variables, tools.fold(model.apply, variables, x)
 
 
 @pytest.mark.parametrize("name", LEFT)
