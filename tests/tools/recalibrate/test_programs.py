@@ -25,14 +25,20 @@ def norm(**fields):
     return bnjax.linen.BatchNorm(use_running_average=True, **fields)
 
 
+class Counter:
+    """Counts how often a model was traced."""
+
+    traces = 0
+
+
 def traced(make, variables, calls=3):
-    """Returns how often the model was traced in each of some calls of two tools, by the function `make(counter)`."""
-    counter, found = [], []
+    """Returns how often a model was traced by each of some calls of two tools, whose function is `make(counter)`."""
+    counter, found = Counter(), []
     for _ in range(calls):
-        before = len(counter)
+        before = counter.traces
         tools.recalibrate(make(counter), variables, [ROWS, ROWS], progress=False)
         tools.collect_moments(make(counter), variables, [ROWS], progress=False)
-        found.append(len(counter) - before)
+        found.append(counter.traces - before)
     return found
 
 
@@ -40,7 +46,7 @@ MODEL = norm()
 
 
 def counted(counter, variables, x):
-    counter.append(1)
+    counter.traces += 1
     return MODEL.apply(variables, x, mutable=["batch_stats"])
 
 
@@ -86,16 +92,16 @@ def test_other_functions_and_values_around_them_are_other_programs():
 
 
 def test_nnx_modules_of_one_structure_share_a_program():
-    counter, found = [], []
+    counter, found = Counter(), []
 
     def apply_fn(model, x):
-        counter.append(1)
+        counter.traces += 1
         return model(x)
 
     for seed in range(3):
         model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(seed)), bnjax.nnx.BatchNorm(4, rngs=nnx.Rngs(seed)))
         tools.recalibrate(apply_fn, model, [ROWS], progress=False)
-        found.append(len(counter))
+        found.append(counter.traces)
     assert found == [found[0]] * 3
 
 
@@ -189,8 +195,8 @@ def test_errors():
         (r"mutable=\['batch_stats'\]", nn.Sequential([norm(), norm()]).apply, variables, data, {}),
         (r"must return \(output, updates\)", lambda v, x: apply_fn(v, x)[1], variables, data, {}),
         ("holds no batch normalization", apply_fn, {"params": variables["params"]}, data, {}),
-        ("OwnNorm holds a running mean .* does not say", linen_fn(own), own.init({}, ROWS), data, {}),
-        ("ran no batch normalization", linen_fn(unused), unused.init({}, ROWS), data, {}),
+        ("OwnNorm holds a running mean .* does not say", linen_fn(own), own.init(jax.random.key(0), ROWS), data, {}),
+        ("ran no batch normalization", linen_fn(unused), unused.init(jax.random.key(0), ROWS), data, {}),
     ]
     for message, function, tree, batches, options in cases:
         with pytest.raises(ValueError, match=message):
