@@ -83,8 +83,7 @@ def decay_mask(
 
 
 def affine_labels(params: Any, batch_stats: Any, *, affine: str = "affine", rest: str = "rest") -> Any:
-    r"""Returns labels for `optax.multi_transform`: `affine` on scale and bias of batch normalization, `rest` on all
-    else.
+    r"""Returns labels for `optax.multi_transform`: `affine` for scale and bias of batch normalization, else `rest`.
 
     Each parameter of a module that owns statistics is `affine`, whatever its name. The scale and bias of layer or group
     normalization are `rest`: no statistics belong to them.

@@ -173,6 +173,6 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _of_jax(name: str) -> str:
-    """Returns the public name of a function of JAX, or nothing where it is none."""
+    """Returns the public name of a function of JAX, or nothing for any other function."""
     name = name.strip("_")
     return name if hasattr(jax.nn, name) or hasattr(jnp, name) else ""

@@ -101,7 +101,7 @@ def with_end(prefix: str, dialect: Dialect) -> str:
 
 
 def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns the part of a state whose names begin with the prefix, without it; raises ValueError if there is none."""
+    """Returns the part of a state whose names begin with the prefix, without it; raises ValueError if no name does."""
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if state and not part:
         raise ValueError(f"no name in state begins with prefix={prefix!r}; they are {shortened(state)}.")

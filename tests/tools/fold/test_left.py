@@ -10,7 +10,8 @@ from flax import nnx
 
 import bnjax
 from bnjax import tools
-from tests.support import branches, zoo
+from tests.support import zoo
+from tests.tools.fold import branches
 
 Norm = functools.partial(bnjax.linen.BatchNorm, use_running_average=True)
 ROWS, SIGNAL, IMAGE = (4, 3), (4, 6, 3), (4, 6, 6, 3)

@@ -12,7 +12,7 @@ from flax import nnx
 
 import bnjax
 from bnjax import tools
-from tests.support import branches
+from tests.tools.fold import branches
 
 Norm = functools.partial(bnjax.linen.BatchNorm, use_running_average=True)
 FlaxNorm = functools.partial(nn.BatchNorm, use_running_average=True)
