@@ -60,7 +60,7 @@ PAUSING = {
 
 @pytest.mark.parametrize("name", PAUSING)
 def test_code_that_pauses_is_refused(name):
-    with pytest.raises(RuntimeError, match="frozen_norms was entered in .*, a coroutine or a generator"):
+    with pytest.raises(RuntimeError, match=r"frozen_norms was entered in .*, a coroutine or a generator"):
         PAUSING[name]()
     assert not is_frozen()
 

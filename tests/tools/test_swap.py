@@ -68,7 +68,7 @@ class Own(nnx.BatchNorm):
 
 def test_errors():
     rngs = nnx.Rngs(0)
-    with pytest.raises(ValueError, match="subclasses of flax.nnx.BatchNorm with a __call__ of their own"):
+    with pytest.raises(ValueError, match=r"subclasses of flax\.nnx\.BatchNorm with a __call__ of their own"):
         tools.swap(Own(3, rngs=rngs))
     with pytest.raises(ValueError, match=r"holds no flax\.nnx\.BatchNorm"):
         tools.swap(nnx.Linear(3, 4, rngs=rngs))
