@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import jax
@@ -46,29 +46,45 @@ class _Function:
         return isinstance(other, _Function) and self._key == other._key
 
 
-def _key(value: Any) -> Any:
+def _key(value: Any, around: tuple[Any, ...] = ()) -> Any:
     """Returns what is equal for equal values: itself, or its parts; the identity of what neither hashes nor opens.
 
-    Functions are equal that have the same code and the same values around it: a lambda in a loop is one function.
+    Functions are equal that have the same code and the same values around it: a lambda in a loop is one function. The
+    values are those of closures, defaults and globals, also of the functions of one file that they call.
+
+    Args:
+      value: the value.
+      around: what it is a part of, the whole first.
     """
+    if any(value is whole for whole in around):
+        return "itself"
+    part = partial(_key, around=(*around, value))
     if isinstance(value, FunctionType):
-        around = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        held = (*around, value.__defaults__, value.__kwdefaults__)
-        # functions among them by identity, since one may hold itself
-        return value.__code__, tuple(_Same(v) if isinstance(v, FunctionType) else _key(v) for v in held)
+        home = next(whole for whole in (*around, value) if isinstance(whole, FunctionType)).__globals__
+        if value.__globals__ is not home:
+            return _Same(value)
+        used = [home[name] for name in _names_in(value.__code__) if name in home]
+        closed = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, part([*closed, *used, value.__defaults__, value.__kwdefaults__])
     if isinstance(value, MethodType):
-        return value.__func__, _key(value.__self__)
+        return value.__func__, part(value.__self__)
     if isinstance(value, partial):
-        return partial, _key(value.func), _key(value.args), _key(value.keywords)
+        return partial, part(value.func), part(value.args), part(value.keywords)
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_key, value))
+        return type(value), tuple(map(part, value))
     if isinstance(value, dict):
-        return dict, tuple((k, _key(v)) for k, v in sorted(value.items()))
+        return dict, tuple((k, part(v)) for k, v in value.items())
     try:
         hash(value)
     except TypeError:
         return _Same(value)
     return type(value), value
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """Returns the names that a function, or one inside of it, may look up among the globals."""
+    inner = [name for item in code.co_consts if isinstance(item, CodeType) for name in _names_in(item)]
+    return sorted({*code.co_names, *inner})
 
 
 class _Same:

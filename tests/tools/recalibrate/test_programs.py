@@ -91,6 +91,19 @@ def test_other_functions_and_values_around_them_are_other_programs():
         np.testing.assert_allclose(found["batch_stats"]["mean"], ROWS.mean(0) + shift, atol=1e-6)
 
 
+def test_a_global_that_changed_is_another_program():
+    """Checks a cell of a notebook that runs again after a global changed, directly and through a helper."""
+    variables, source = MODEL.init(jax.random.key(0), ROWS), "apply_fn = lambda v, x: shifted(v, x)"
+    helper = "shifted = lambda v, x: MODEL.apply(v, x + shift, mutable=['batch_stats'])"
+    cell = {"MODEL": MODEL}
+    exec(helper, cell)
+    for shift in (0.0, 1.0):
+        cell["shift"] = shift
+        exec(source, cell)
+        found = tools.recalibrate(cell["apply_fn"], variables, [ROWS], progress=False)
+        np.testing.assert_allclose(found["batch_stats"]["mean"], ROWS.mean(0) + shift, atol=1e-6)
+
+
 def test_nnx_modules_of_one_structure_share_a_program():
     counter, found = Counter(), []
 
