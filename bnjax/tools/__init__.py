@@ -1,9 +1,9 @@
 """What people do with a batch-normalized network after they built it: functions on trees of variables."""
 
-from bnjax.tools._adapt import adapt_statistics as adapt_statistics
-from bnjax.tools._adapt import entropy as entropy
-from bnjax.tools._adapt import follow as follow
-from bnjax.tools._adapt import tent as tent
+from bnjax.tools._adapt._adapt import adapt_statistics as adapt_statistics
+from bnjax.tools._adapt._follow import follow as follow
+from bnjax.tools._adapt._tent import entropy as entropy
+from bnjax.tools._adapt._tent import tent as tent
 from bnjax.tools._apply_moments import apply_moments as apply_moments
 from bnjax.tools._decay_mask import affine_labels as affine_labels
 from bnjax.tools._decay_mask import decay_mask as decay_mask
@@ -13,14 +13,14 @@ from bnjax.tools._fold._pairs import Pair as Pair
 from bnjax.tools._frozen_norms import frozen_norms as frozen_norms
 from bnjax.tools._inspect._inspect import Inspection as Inspection
 from bnjax.tools._inspect._inspect import inspect as inspect
-from bnjax.tools._recalibrate import collect_moments as collect_moments
-from bnjax.tools._recalibrate import recalibrate as recalibrate
+from bnjax.tools._recalibrate._recalibrate import collect_moments as collect_moments
+from bnjax.tools._recalibrate._recalibrate import recalibrate as recalibrate
 from bnjax.tools._statistics import copy_stats as copy_stats
 from bnjax.tools._statistics import merge_stats as merge_stats
 from bnjax.tools._statistics import reset_stats as reset_stats
 from bnjax.tools._swap import swap as swap
 from bnjax.tools._swap import swap_back as swap_back
-from bnjax.tools._swap import swapped_norms as swapped_norms
+from bnjax.tools._swapped_norms import swapped_norms as swapped_norms
 from bnjax.tools.convert import Loaded as Loaded
 from bnjax.tools.convert import fields_from_haiku as fields_from_haiku
 from bnjax.tools.convert import fields_from_keras as fields_from_keras

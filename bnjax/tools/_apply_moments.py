@@ -18,7 +18,7 @@ def apply_moments(
     debias: bool = False,
     unbiased_var: bool = False,
 ) -> dict[str, Any]:
-    r"""The running averages of every layer, one step on: :func:`bnjax.update_running` over a tree.
+    r"""Updates the running averages of every layer by moments that were gathered over several calls.
 
     .. math:: \mathrm{mean} \leftarrow m\,\mathrm{mean} + (1 - m)\,\mathrm{mean}_\text{gathered}, \qquad
               \mathrm{var} \leftarrow m\,\mathrm{var} + (1 - m)\,\mathrm{var}_\text{gathered}

@@ -18,7 +18,7 @@ def decay_mask(
     decay: Sequence[str] = (),
     no_decay: Sequence[str] = (),
 ) -> Any:
-    r"""True where weight decay applies: by path and role, never by rank.
+    r"""Returns True where weight decay applies: by path and role, never by rank.
 
     .. math:: \theta \leftarrow \theta - \eta\,(u + \lambda\,m \odot \theta), \qquad m = \text{decay\_mask}
 
@@ -83,7 +83,7 @@ def decay_mask(
 
 
 def affine_labels(params: Any, batch_stats: Any, *, affine: str = "affine", rest: str = "rest") -> Any:
-    r"""Labels for `optax.multi_transform`: `affine` on the scale and bias of batch normalization, `rest` on all else.
+    r"""Returns labels for `optax.multi_transform`: `affine` for scale and bias of batch normalization, else `rest`.
 
     Each parameter of a module that owns statistics is `affine`, whatever its name. The scale and bias of layer or group
     normalization are `rest`: no statistics belong to them.
@@ -120,7 +120,7 @@ def affine_labels(params: Any, batch_stats: Any, *, affine: str = "affine", rest
 
 
 def _parameters(params: Any) -> set[Path]:
-    """The paths of all leaves but statistics (in `params` there are none; in all the variables there are)."""
+    """Returns the paths of all leaves but statistics (in `params` there are none; in all the variables there are)."""
     flat = _trees.flatten(params)
     if not flat.names:
         raise ValueError("params holds no parameters.")
@@ -129,7 +129,7 @@ def _parameters(params: Any) -> set[Path]:
 
 
 def _norms(names: set[Path], batch_stats: Any) -> set[Path]:
-    """The modules that own statistics; raises ValueError where these cannot be the statistics of these parameters."""
+    """Returns the modules that own statistics; raises ValueError where they are of another model."""
     layers = set(_trees.flatten_with_layers(batch_stats).layers)
     modules = {name[:i] for name in names for i in range(len(name))}
     owners = {name[:-1] for name in names}

@@ -9,6 +9,7 @@ from bnjax.functional import Normalization
 from bnjax.functional._protocol import unstated
 from bnjax.tools._trees import Path, show
 
+_BRIDGES = (nnx.bridge.ToLinen, nnx.bridge.ToNNX)
 _LINEAR = (nn.Conv, nn.ConvTranspose, nn.Dense, nnx.Conv, nnx.ConvTranspose, nnx.Linear)
 # What Flax's own classes and their subclasses compute, as long as these leave __call__ alone: batch normalization.
 _FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
@@ -28,8 +29,9 @@ def is_norm(module: Any) -> bool:
 
 
 def is_linear(module: Any) -> bool:
-    """Returns whether a module is a convolution or a dense layer."""
-    return own_class(module) in _LINEAR  # a subclass may do more to its kernel than multiply by it
+    """Returns whether a module is a convolution or a dense layer, or a subclass that leaves its __call__ alone."""
+    cls = own_class(module)
+    return any(issubclass(cls, flax) and cls.__call__ is flax.__call__ for flax in _LINEAR)
 
 
 def is_flax(module: Any) -> bool:
@@ -45,6 +47,8 @@ def unsaid(module: Any) -> str:
         return unstated(object.__new__(cls))  # which asks the class alone
     if is_flax(module):
         return ""
+    if issubclass(cls, _BRIDGES):
+        return f"{cls.__name__} hides a layer of another API: use the tool on the module that it wraps."
     return (
         f"{cls.__name__} holds a running mean and variance and does not say what it computes with them. Derive it from "
         "bnjax.Normalization (too) and define averaged_moments and evaluation_affine in it, or write "

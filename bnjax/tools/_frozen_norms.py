@@ -13,7 +13,7 @@ from bnjax.tools._layers import Call, described, handling, is_norm
 
 @contextmanager
 def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
-    r"""Within it, linen batch normalization layers run on their running statistics and leave them as they are.
+    r"""Runs linen batch normalization layers on their running statistics, which stay, while the context is open.
 
     .. math:: y = \frac{x - \mathrm{mean}_\text{running}}{\sqrt{\mathrm{var}_\text{running} + \epsilon}}
               \cdot \mathrm{scale} + \mathrm{bias}
@@ -34,7 +34,7 @@ def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
       A context manager.
 
     Raises:
-      ValueError: `layers` is one string instead of a sequence, or a layer whose class does not say what it computes
+      ValueError: `layers` is one string or empty; or a layer whose class does not say what it computes
         (:class:`bnjax.Normalization`).
       RuntimeError: entered in a coroutine or a generator.
 
@@ -47,10 +47,8 @@ def frozen_norms(layers: Sequence[str] | None = None) -> Iterator[None]:
       ...     print(jnp.round(norm.apply(variables, x)).T)
       [[4. 6.]]
     """
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be a sequence of patterns; got the string {layers!r}: write [{layers!r}].")
+    chosen = _trees.check_patterns(layers)
     refuse_where_code_pauses("frozen_norms")
-    chosen = None if layers is None else tuple(layers)
 
     def run(call: Call) -> jax.Array:
         named = chosen is None or any(_trees.matches(call.path, p) for p in chosen)

@@ -1,4 +1,4 @@
-"""Statistics that are about to be built into a network must be such: a variance that is none is found on loading."""
+"""Checks of statistics that are about to be built into a network, such as a negative variance from a bad checkpoint."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from bnjax.tools._trees import Tree, show
 
 
 def check_variances(tree: Tree) -> Tree:
-    """The tree; raises ValueError for running averages that are not finite, or a negative variance.
+    """Checks a tree and returns it; raises ValueError for averages that are not finite, or a negative variance.
 
     Arrays of a trace are trusted: their values are not known, and :func:`bnjax.normalize` answers them with NaN.
     """

@@ -14,7 +14,7 @@ from bnjax.tools._trees import Path, Tree, show
 
 
 def merge_stats(parts: Any, *, counts: Sequence[float] | None = None, axis: int | None = None) -> Any:
-    r"""The statistics of all rows together, from statistics that diverged: of replicas, hosts, averaged checkpoints.
+    r"""Merges statistics that diverged, of replicas, hosts or averaged checkpoints, into those of all rows together.
 
     .. math::
         n = \sum n_i, \qquad \mathrm{mean} = \frac1n \sum n_i m_i, \qquad
@@ -75,7 +75,7 @@ def _unstack(layer: Path, stacked: dict[str, jax.Array], axis: int) -> list[dict
 
 
 def _alike(parts: Any) -> list[Tree]:
-    """The parts, flattened, once it is clear that they hold the same layers in the same shapes."""
+    """Returns the parts, flattened, once it is clear that they hold the same layers in the same shapes."""
     if not isinstance(parts, (list, tuple)) or not parts:
         raise ValueError(f"parts must be a non-empty sequence of trees (or give axis=); got {type(parts).__name__}.")
     trees = [_trees.flatten_with_layers(part) for part in parts]
@@ -111,7 +111,7 @@ def _merge(parts: Sequence[dict[str, jax.Array]], counts: Sequence[float]) -> di
 def reset_stats(
     variables: Any, *, layers: Sequence[str] | None = None, statistics: Sequence[str] = _trees.STATISTICS
 ) -> Any:
-    r"""Statistics as they start: :math:`\mathrm{mean} = 0, \mathrm{var} = 1`, and no steps or skipped batches counted.
+    r"""Resets statistics: :math:`\mathrm{mean} = 0, \mathrm{var} = 1`, and no steps or skipped batches counted.
 
     Args:
       variables: a tree with statistics of any shapes.
@@ -199,7 +199,7 @@ def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None,
 
 
 def _shaped(stats: dict[str, jax.Array], shape: tuple[int, ...]) -> dict[str, jax.Array]:
-    """Statistics in a shape of as many elements, where they have axes of size one besides."""
+    """Returns statistics in a shape of as many elements, where they have axes of size one besides."""
     return {role: s.reshape(shape) if s.size == math.prod(shape) else s for role, s in stats.items()}
 
 

@@ -1,10 +1,7 @@
-"""bnjax's batch normalization in a model that was written with Flax's, without editing the model."""
+"""bnjax's batch normalization in an nnx model that was written with Flax's, and back."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,8 +9,6 @@ from flax import nnx
 import bnjax.linen
 import bnjax.nnx
 from bnjax.tools._described import is_flax
-from bnjax.tools._frozen_norms import refuse_where_code_pauses
-from bnjax.tools._layers import Call, handling, no_handling
 from bnjax.tools._trees import show
 
 # What bnjax's modules can be told beyond, or in place of, what Flax's were: it changes no parameter and no statistic.
@@ -75,7 +70,7 @@ def swap(model: nnx.Module, **fields: Any) -> nnx.Module:
       >>> type(swapped.layers[1]) is bnjax.nnx.BatchNorm, swapped.layers[1].axis_name
       (True, 'data')
     """
-    _check_fields(fields)
+    check_fields(fields)
     return _exchanged(model, is_flax, _to_bnjax, fields, "flax.nnx.BatchNorm")
 
 
@@ -108,11 +103,11 @@ def swap_back(model: nnx.Module, **fields: Any) -> nnx.Module:
       >>> type(tools.swap_back(norm, momentum=0.9)) is nnx.BatchNorm
       True
     """
-    _check_fields(fields, set(_FIELDS) & set(_FLAX_FIELDS))
+    check_fields(fields, set(_FIELDS) & set(_FLAX_FIELDS))
     return _exchanged(model, lambda m: type(m) is bnjax.nnx.BatchNorm, _to_flax, fields, "bnjax.nnx.BatchNorm")
 
 
-def _check_fields(fields: dict[str, Any], allowed: Any = _FIELDS) -> None:
+def check_fields(fields: dict[str, Any], allowed: Any = _FIELDS) -> None:
     if unknown := sorted(set(fields) - set(allowed)):
         raise ValueError(f"fields must be some of {sorted(allowed)}, which change no variable; got {unknown}.")
 
@@ -171,62 +166,3 @@ def _to_flax(path: Any, module: Any, fields: dict[str, Any]) -> nnx.Module:
     if new.scale is not None and module.scale_offset:
         new.scale[...] += module.scale_offset
     return new
-
-
-@contextmanager
-def swapped_norms(**fields: Any) -> Iterator[None]:
-    r"""Within it, `flax.linen.BatchNorm` layers compute as `bnjax.linen.BatchNorm` does, with the same variables.
-
-    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
-
-    For a linen model that somebody else wrote: open it around `init` and `apply`, or inside the jitted function.
-    Variables, names and shapes are Flax's, so that a checkpoint fits with it and without it. Masks are exact, and one
-    call gives all layers an `axis_name`, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does.
-
-    It holds for one thread, and must be entered in an ordinary function, as :func:`frozen_norms`.
-
-    Args:
-      fields: fields for all the layers, as in :func:`swap`. With `debias`, `count_skipped`, and a `momentum` that is
-        None or a function, the layers count batches in further variables: then `init` must run within it too.
-
-    Returns:
-      A context manager.
-
-    Raises:
-      ValueError: another field.
-      RuntimeError: entered in a coroutine or a generator.
-
-    Examples:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> from bnjax import tools
-      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[1.0], [3.0], [jnp.nan]])
-      >>> variables = model.init(jax.random.key(0), x[:2])
-      >>> mask = jnp.array([[True], [True], [False]])
-      >>> with tools.swapped_norms(momentum=0.5):
-      ...     y, updates = model.apply(variables, x, mask=mask, mutable=["batch_stats"])
-      >>> print(jnp.round(y[:2], 2).ravel(), updates["batch_stats"]["mean"])
-      [-1.  1.] [1.]
-    """
-    _check_fields(fields)
-    refuse_where_code_pauses("swapped_norms")
-
-    def run(call: Call) -> jax.Array:
-        module = call.module
-        if isinstance(module, nnx.Module) or not is_flax(module):
-            return call.run(call.x)
-        own = {k: getattr(module, k) for k in nn.BatchNorm.__dataclass_fields__ if k not in ("parent", "name")}
-        ours = bnjax.linen.BatchNorm(**{**own, **fields}, parent=module.scope)
-        options = dict(call.options)
-        if "use_running_average" in fields:
-            options.pop("use_running_average", None)
-        with no_handling():
-            return ours(call.x, **options)
-
-    key = tuple(sorted((name, nnx_static(value)) for name, value in fields.items()))
-    with handling(run, key=("swapped", key)):
-        yield
-
-
-def nnx_static(value: Any) -> Any:
-    """Returns lists as tuples, so that the value can be hashed."""
-    return tuple(map(nnx_static, value)) if isinstance(value, (list, tuple)) else value

@@ -33,11 +33,11 @@ class Tree(NamedTuple):
     build: Callable[[list[Any]], Any]  # new leaves -> a tree of the structure that was given
 
     def stats(self, layer: Path) -> dict[str, jax.Array]:
-        """The statistics of a layer: the running mean and variance, and the steps where they are counted."""
+        """Returns the statistics of a layer: the running mean and variance, and the steps where they are counted."""
         return {role: self.leaves[i] for role, i in self.layers[layer].items() if role in STATISTICS}
 
     def replace(self, values: Mapping[Path, Mapping[str, Any]]) -> Any:
-        """The tree with new leaves for `values[layer][role]`, where it has such, in the dtypes of the old ones."""
+        """Returns the tree with new leaves for `values[layer][role]`, in the dtypes of the old ones."""
         leaves = list(self.leaves)
         for layer, roles in values.items():
             for role, at in self.layers[layer].items():
@@ -47,7 +47,7 @@ class Tree(NamedTuple):
 
 
 def flatten(tree: Any) -> Tree:
-    """`tree` as a `Tree`, with or without layers. An nnx module is read through its state, and built anew."""
+    """Flattens a tree, with or without layers; an nnx module is read through its state, and built anew."""
     if isinstance(tree, nnx.Module):
         graph, state = nnx.split(tree)
         flat = flatten(state)
@@ -59,7 +59,7 @@ def flatten(tree: Any) -> Tree:
 
 
 def flatten_with_layers(tree: Any) -> Tree:
-    """The same, for functions that need statistics; raises ValueError for a tree that holds none."""
+    """Flattens a tree for functions that need statistics; raises ValueError for one that holds none."""
     flat = flatten(tree)
     if not flat.layers:
         top = sorted({name[0] for name in flat.names if name})
@@ -72,23 +72,25 @@ def flatten_with_layers(tree: Any) -> Tree:
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is a variable or a metadata box around one array."""
+    """Returns whether a node is a variable or a metadata box around one array."""
     return isinstance(node, (nnx.Variable, AxisMetadata))
 
 
 def label_leaves(tree: Any, label: Callable[[Path], Any]) -> Any:
-    """A tree of `label(path)`; boxes are leaves of it, so that it fits a state with variables and one with arrays."""
+    """Returns a tree of `label(path)` that fits a state with variables and one with arrays: boxes are leaves of it."""
     keyed, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
     return jax.tree.unflatten(structure, [label(_without_collection(_raw_names(keys), tree)) for keys, _ in keyed])
 
 
 def show(path: Path) -> str:
-    """A path as people write it."""
+    """Returns a path as people write it."""
     return "/".join(path) or "(the root)"
 
 
 def by_layer(moments: Mapping[str, Any] | None) -> dict[str, Moments]:
-    """Moments by the layer's name, from that, or from the collection `moments` of :class:`bnjax.linen.BatchNorm`."""
+    """Returns moments by the layer's name, from that, or from the collection `moments` of
+    :class:`bnjax.linen.BatchNorm`.
+    """
     found: dict[str, Moments] = {}
     for name, node in (moments or {}).items():
         if isinstance(node, Moments):
@@ -103,32 +105,39 @@ def by_layer(moments: Mapping[str, Any] | None) -> dict[str, Moments]:
 
 
 def matches(path: Path, pattern: str) -> bool:
-    """Whether a glob over '/'-joined names fits the path, a module above it, or their last names."""
+    """Returns whether a glob over '/'-joined names fits the path, a module above it, or their last names."""
     name = "/".join(path)
     return any(fnmatchcase(name, p) for p in (pattern, f"*/{pattern}", f"{pattern}/*", f"*/{pattern}/*"))
 
 
-def select(paths: Iterable[Path], patterns: Sequence[str] | None) -> list[Path]:
-    """The paths that any of the patterns fits (all, for None); raises ValueError for a pattern that fits none."""
-    paths = list(paths)
+def select(paths: Iterable[Path], layers: Sequence[str] | None) -> list[Path]:
+    """Returns the paths that any of the patterns fits, all for None; raises ValueError for one that fits none."""
+    paths, patterns = list(paths), check_patterns(layers)
     if patterns is None:
         return paths
-    if isinstance(patterns, str):
-        raise ValueError(f"layers must be a sequence of patterns; got the string {patterns!r}: write [{patterns!r}].")
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"layers: {pattern!r} fits no layer; the layers are {[show(p) for p in paths]}.")
     return [path for path in paths if any(matches(path, p) for p in patterns)]
 
 
+def check_patterns(layers: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Returns the patterns of layers, None for all; raises ValueError for one string, and where there are none."""
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a sequence of patterns; got the string {layers!r}: write [{layers!r}].")
+    if layers is not None and len(layers) == 0:
+        raise ValueError("layers is empty, so no layer is named: name some, or leave it out for all of them.")
+    return None if layers is None else tuple(layers)
+
+
 def _raw_names(keys: Sequence[Any]) -> Path:
-    """Key path as names, without the `value` that boxes, and their checkpoints, put below a variable's name."""
+    """Returns a key path as names, without the `value` that boxes put below a variable's name, also in checkpoints."""
     names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
 def _without_collection(names: Path, tree: Any) -> Path:
-    """Leaves out the position in a tuple of states, then the name of the collection."""
+    """Drops the position in a tuple of states, then the name of the collection."""
     if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
         names = names[1:]
     return names[1:] if names[:1] and names[0] in COLLECTIONS else names
@@ -146,7 +155,7 @@ def _find_layers(raw: list[Path], names: list[Path], leaves: list[Any]) -> dict[
 
 
 def _may_hold(raw: Path, role: str) -> bool:
-    """linen: statistics live in `batch_stats`, scale and bias in `params`."""
+    """Returns whether a leaf is where linen keeps it: statistics in `batch_stats`, scale and bias in `params`."""
     return raw[0] not in COLLECTIONS or (raw[0] == "batch_stats") == (role in STATISTICS)
 
 

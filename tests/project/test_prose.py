@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("bnjax/functional", "bnjax/linen", "bnjax/nnx", "experiments", "tests")
+FOLDERS = ("bnjax", "experiments", "tests")
 PAGES = (*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")))
 LEAST = 0.9  # share of the functions with a docstring, private ones and methods included
 VERBS = set(

@@ -6,15 +6,15 @@ are summed or averaged; the largest of them taken, if a is not negative.
 
 from collections.abc import Callable, Mapping
 from math import inf, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax import numpy as jnp
 
+from bnjax.tools._fold import _moves
 from bnjax.tools._fold._flow import Flow, Op
-
-Index = np.ndarray[Any, Any]
-_LARGEST = 2**24  # positions of an index; a reshape that mixes rows and channels would need one for each
+from bnjax.tools._fold._moves import Index
+from bnjax.tools._fold._names import name_of
 
 
 class Channels(NamedTuple):
@@ -33,19 +33,19 @@ class Channels(NamedTuple):
     uneven: str = ""
 
     def along(self, axis: int) -> Index | None:
-        """The channels along one axis, if they change along no other."""
+        """Returns the channels along one axis, if they change along no other."""
         return self.at.reshape(-1) if self.at.size == self.at.shape[axis] else None
 
 
 def channels_at(axis: int, size: int, rank: int, factor: float = 1.0) -> Channels:
-    """The channels 0, 1, ... along an axis of a value."""
+    """Returns the channels 0, 1, ... along an axis of a value."""
     shape = [1] * rank
     shape[axis] = size
     return Channels(np.arange(size).reshape(shape), factor)
 
 
 def behind(op: Op, known: Mapping[int, Channels], flow: Flow) -> Channels | None:
-    """The channels of the output of an operation, those of some inputs being known; None where it does not pass."""
+    """Returns the channels of the output of an operation, some inputs being known; None where it does not pass."""
     rule = _RULES.get(op.name)
     if rule is None or len(op.outputs) != 1:
         return None
@@ -65,7 +65,7 @@ def _converted(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 
 def _moved(change: Callable[[Op, Index, Flow], Index | None]) -> Rule:
-    """The rule of an operation that only puts the first input's elements elsewhere."""
+    """Returns the rule of an operation that only puts the first input's elements elsewhere."""
 
     def rule(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
         if inputs[0] is None or any(more is not None for more in inputs[1:]):
@@ -74,54 +74,6 @@ def _moved(change: Callable[[Op, Index, Flow], Index | None]) -> Rule:
         return None if index is None else inputs[0]._replace(at=index)
 
     return rule
-
-
-def _reshaped(op: Op, index: Index, flow: Flow) -> Index | None:
-    old, new = flow.shapes[op.inputs[0]], flow.shapes[op.outputs[0]]
-    before: list[int] = []
-    after: list[int] = []
-    i = j = 0
-    if 0 in old:
-        return None
-    while i < len(old) or j < len(new):  # dimensions that are split or merged among themselves
-        m, n = i + (i < len(old)), j + (j < len(new))
-        while prod(old[i:m]) != prod(new[j:n]):
-            if prod(old[i:m]) < prod(new[j:n]):
-                m += 1
-            else:
-                n += 1
-        varies = max(index.shape[i:m], default=1) > 1
-        before += old[i:m] if varies else [1] * (m - i)
-        after += new[j:n] if varies else [1] * (n - j)
-        i, j = m, n
-    return _compressed(np.broadcast_to(index, before).reshape(after)) if prod(before) <= _LARGEST else None
-
-
-def _compressed(index: Index) -> Index:
-    """The index with size 1 along axes where nothing changes."""
-    for axis in range(index.ndim):
-        first = index.take([0], axis)
-        index = first if np.all(index == first) else index
-    return index
-
-
-def _broadcast(op: Op, index: Index, flow: Flow) -> Index:
-    shape = [1] * len(flow.shapes[op.outputs[0]])
-    for axis, size in zip(op.eqn.params["broadcast_dimensions"], index.shape, strict=True):
-        shape[axis] = size
-    return index.reshape(shape)
-
-
-def _sliced(op: Op, index: Index, flow: Flow) -> Index:
-    start, limit = op.eqn.params["start_indices"], op.eqn.params["limit_indices"]
-    steps = op.eqn.params["strides"] or (1,) * index.ndim
-    ranges = zip(start, limit, steps, strict=True)
-    return index[tuple(slice(None) if n == 1 else slice(*r) for n, r in zip(index.shape, ranges, strict=True))]
-
-
-def _sliced_somewhere(op: Op, index: Index, flow: Flow) -> Index | None:
-    old, new = flow.shapes[op.inputs[0]], flow.shapes[op.outputs[0]]
-    return index if all(n == 1 or a == b for n, a, b in zip(index.shape, old, new, strict=True)) else None
 
 
 def _concatenated(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
@@ -133,10 +85,10 @@ def _concatenated(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
     wide = []
     for part, value in zip(parts, op.inputs, strict=True):
         sizes[axis] = flow.shapes[value][axis]
-        if prod(sizes) > _LARGEST:
+        if prod(sizes) > _moves.LARGEST:
             return None
         wide.append(np.broadcast_to(part.at, sizes))
-    return parts[0]._replace(at=_compressed(np.concatenate(wide, axis)))
+    return parts[0]._replace(at=_moves.compressed(np.concatenate(wide, axis)))
 
 
 def _padded(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
@@ -171,7 +123,7 @@ def _pooled(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 
 def _over(op: Op, x: Channels, count: int) -> Channels:
-    """The sum of so many positions, or the largest or smallest of them."""
+    """Returns the channels of the sum of so many positions, or of the largest or smallest of them."""
     return x._replace(factor=x.factor * count) if op.name.endswith("sum") else x._replace(ordered=True)
 
 
@@ -188,24 +140,16 @@ def _scaled(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
 
 
 def _unevenly(op: Op, x: Channels) -> Channels:
-    """Behind an operation that leaves 0 as it is, and no other constant."""
-    return x._replace(uneven=x.uneven or op.name) if x.factor else x
+    """Returns the channels behind an operation that leaves 0 as it is, and no other constant."""
+    return x._replace(uneven=x.uneven or name_of(op)) if x.factor else x
 
 
 def _added(op: Op, inputs: Inputs, flow: Flow) -> Channels | None:
-    """Two values with the same channels at the same places."""
+    """Returns the channels of the sum of two values that have the same channels at the same places."""
     x, y = inputs
     if x is None or y is None or not np.array_equal(x.at, y.at):
         return None
     return Channels(x.at, x.factor + y.factor, x.ordered or y.ordered, x.uneven or y.uneven)
-
-
-def _transposed(op: Op, index: Index, flow: Flow) -> Index:
-    return index.transpose(op.eqn.params["permutation"])
-
-
-def _reversed(op: Op, index: Index, flow: Flow) -> Index:
-    return np.flip(index, op.eqn.params["dimensions"])
 
 
 # What moves, copies or places a value; also all that may happen to a weight between its variable and a layer.
@@ -213,12 +157,12 @@ SAME = ("name", "copy", "copy_p", "sharding_constraint", "reshard", "pvary", "pc
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(SAME, _same),
     "convert_element_type": _converted,
-    **dict.fromkeys(("reshape", "squeeze"), _moved(_reshaped)),
-    "broadcast_in_dim": _moved(_broadcast),
-    "transpose": _moved(_transposed),
-    "rev": _moved(_reversed),
-    "slice": _moved(_sliced),
-    "dynamic_slice": _moved(_sliced_somewhere),
+    **dict.fromkeys(("reshape", "squeeze"), _moved(_moves.reshaped)),
+    "broadcast_in_dim": _moved(_moves.broadcast),
+    "transpose": _moved(_moves.transposed),
+    "rev": _moved(_moves.reversed),
+    "slice": _moved(_moves.sliced),
+    "dynamic_slice": _moved(_moves.sliced_somewhere),
     "concatenate": _concatenated,
     "pad": _padded,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduced),

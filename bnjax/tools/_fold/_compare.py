@@ -27,7 +27,7 @@ _MARGIN = 8  # λ, and for the largest of few draws not being the largest there 
 
 
 def difference(y: Any, other: Any) -> float:
-    """max|y′ − y| / max|y| over all arrays of the output; NaN and Inf at the same places are no difference."""
+    """Returns max|y′ − y| / max|y| over all arrays of the output; NaN and Inf at the same places are no difference."""
     apart, largest = map(float, _apart(y, other))
     return apart / largest if largest else apart
 
@@ -44,7 +44,7 @@ def _apart(y: Any, other: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def rounding(run: Run, tree: Tree, matches: Sequence[Match], x: Any, y: Any) -> float:
-    """The largest difference from y that rounding can make, in units of :func:`difference`.
+    """Returns the largest difference from y that rounding can make, in units of :func:`difference`.
 
     Args:
       run: the model as a function of its variables.
@@ -66,7 +66,7 @@ def rounding(run: Run, tree: Tree, matches: Sequence[Match], x: Any, y: Any) -> 
 
 
 def _unit(matches: Sequence[Match], y: Any) -> float:
-    """The unit roundoff of the coarsest numbers that the pairs and the output are in."""
+    """Returns the unit roundoff of the coarsest numbers that the pairs and the output are in."""
     sites = [site for match in matches for site in (match.norm, match.layer)]
     dtypes = [*(site.dtype for site in sites), *(jnp.result_type(leaf) for leaf in jax.tree.leaves(y))]
     units = [float(jnp.finfo(dtype).eps) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
@@ -76,7 +76,7 @@ def _unit(matches: Sequence[Match], y: Any) -> float:
 
 
 def _relative_errors(tree: Tree, matches: Sequence[Match], unit: float) -> dict[int, float]:
-    """γ for each leaf that takes part."""
+    """Returns γ for each leaf that takes part."""
     at = {name: i for i, name in enumerate(tree.names)}
     single = float(jnp.finfo(jnp.float32).eps)  # sums are in float32 at least
     errors: dict[int, float] = {}

@@ -33,7 +33,7 @@ class Op(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What `checkpoint_name` was given, or nothing."""
+        """Returns what `checkpoint_name` was given, or nothing."""
         return str(self.eqn.params["name"]) if self.name == "name" else ""
 
 
@@ -60,7 +60,7 @@ class Flow(NamedTuple):
 
 
 def flow_of(closed: Any) -> Flow:
-    """The flow of a closed jaxpr, whose arguments are the values 0, 1, 2, ..."""
+    """Returns the flow of a closed jaxpr, whose arguments are the values 0, 1, 2, ..."""
     reader = _Reader()
     results = reader.read(closed.jaxpr, [reader.new(v.aval) for v in closed.jaxpr.invars])
     reader.add(RESULT, tuple(results), ())
@@ -91,7 +91,7 @@ class _Reader:
         self.constants: dict[int, complex] = {}
 
     def new(self, aval: Any) -> int:
-        """The number of one more value."""
+        """Returns the number of one more value."""
         value = next(self.fresh)
         self.shapes[value] = tuple(getattr(aval, "shape", ()))
         return value
@@ -142,7 +142,7 @@ class _Reader:
 
 
 def _unchanged(eqn: Any, key: str, body: Any) -> Iterator[tuple[int, int]]:
-    """Which operand of an operation is which argument of a body: every one that no iteration changes."""
+    """Yields which operand of an operation is which argument of a body: every one that no iteration changes."""
     name, there = eqn.primitive.name, len(body.invars)
     if name == "cond":
         yield from ((i + 1, i) for i in range(there))
@@ -165,7 +165,7 @@ def _ndim(atom: Any) -> int:
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The jaxprs among the parameters of an operation, opened, with their names."""
+    """Returns the jaxprs among the parameters of an operation, opened, with their names."""
     for key, value in params.items():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(item, "eqns"):
@@ -173,6 +173,6 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _of_jax(name: str) -> str:
-    """The public name of a function of JAX, or nothing where it is none."""
+    """Returns the public name of a function of JAX, or nothing for any other function."""
     name = name.strip("_")
     return name if hasattr(jax.nn, name) or hasattr(jnp, name) else ""

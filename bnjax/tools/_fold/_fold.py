@@ -126,7 +126,7 @@ def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequen
 
 
 def _outputs(apply_fn: Callable[..., Any], variables: Any) -> Program:
-    """The program without the variables that it returns for an nnx module: only the output is a use."""
+    """Returns the program without the variables that it returns for an nnx module: only the output is a use."""
     model = program(apply_fn, variables)
     if not isinstance(variables, nnx.Module):
         return model
@@ -134,7 +134,7 @@ def _outputs(apply_fn: Callable[..., Any], variables: Any) -> Program:
 
 
 def _new(leaf: Any, value: Any) -> Any:
-    """The new value of a leaf in the dtype that it had, if there is one."""
+    """Returns the new value of a leaf in the dtype that it had, if there is one."""
     return leaf if value is None else value.astype(leaf.dtype)
 
 
@@ -147,7 +147,7 @@ def _difference(
     matches: list[Match],
     x: Any,
 ) -> float:
-    """The difference of `stripped` on the sample; raises ValueError if rounding does not explain that of either."""
+    """Returns the difference of `stripped` on the sample; raises ValueError if rounding does not explain it."""
     with jax.default_matmul_precision("highest"):
         run = _jitted(apply_fn, variables)
         y = run(variables, x)
@@ -165,7 +165,7 @@ def _difference(
 
 
 def _jitted(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any, Any], Any]:
-    """The model as one compiled program, for other values of its variables too."""
+    """Returns the model as one compiled program, for other values of its variables too."""
     if not isinstance(variables, nnx.Module):
         return jax.jit(apply_fn)
     graph, _ = nnx.split(variables)

@@ -65,7 +65,7 @@ def read_linear(call: Call) -> Linear:
 
 
 def _traced(call: Call) -> tuple[Any, list[tuple[str, ...]]]:
-    """The jaxpr of one call of a layer, and the names of its variables, which are its first arguments."""
+    """Returns the jaxpr of one call of a layer, and the names of its variables, which are its first arguments."""
     module: Any = call.module
     if isinstance(module, nnx.Module):
         graph, variables = nnx.split(module)
@@ -102,18 +102,18 @@ class _Product(NamedTuple):
         return cls(op, lhs[0], 1 - rhs[0], rhs[0], len(flow.shapes[op.outputs[0]]) - 1, 1)
 
     def holds(self, end: End, axis: int) -> bool:
-        """Whether a sweep ended here in the kernel, with its channels along this axis of it."""
+        """Returns whether a sweep ended here in the kernel, with its channels along this axis of it."""
         return end.op == self.op and end.operand == 1 and _as_they_were(end.channels, axis)
 
 
 def _as_they_were(channels: Channels, axis: int) -> bool:
-    """Whether all channels are there, in their order."""
+    """Returns whether all channels are there, in their order."""
     along = channels.along(axis)
     return along is not None and np.array_equal(along, np.arange(along.size))
 
 
 def _product(flow: Flow, kernel: int, channels: Channels) -> End | str:
-    """Where the kernel ends; or why it does not reach a product as it is stored."""
+    """Returns where the kernel ends; or why it does not reach a product as it is stored."""
     ends = sweep(flow, {kernel: channels}, lambda op: op.name in _PRODUCTS)
     if len(ends) == 1 and ends[0].wanted and not ends[0].channels.ordered:
         return ends[0]
@@ -122,7 +122,7 @@ def _product(flow: Flow, kernel: int, channels: Channels) -> End | str:
 
 
 def _after(flow: Flow, product: _Product, bias: int | None) -> str:
-    """Why outputs cannot be scaled and shifted by kernel and bias, or nothing."""
+    """Returns why outputs cannot be scaled and shifted by kernel and bias, or nothing."""
     shape = flow.shapes[product.op.outputs[0]]
     starts = {product.op.outputs[0]: channels_at(product.result, shape[product.result], len(shape), factor=0.0)}
     if bias is not None:
@@ -138,7 +138,7 @@ def _after(flow: Flow, product: _Product, bias: int | None) -> str:
 
 
 def _before(flow: Flow, product: _Product, x: int) -> str:
-    """Why inputs cannot be scaled and shifted by kernel and bias, or nothing."""
+    """Returns why inputs cannot be scaled and shifted by kernel and bias, or nothing."""
     shape = flow.shapes[x]
     ends = sweep(flow, {x: channels_at(-1, shape[-1], len(shape))}, lambda op: op == product.op)
     if len(ends) != 1 or not ends[0].wanted or ends[0].operand != 0:

@@ -24,12 +24,16 @@ _WORDS = {
     "reshape": "reshape",
     "transpose": "transpose",
     "pad": "pad",
+    **dict.fromkeys(("add", "add_any"), "a sum"),
+    "sub": "a difference",
+    "mul": "a product",
+    "div": "a quotient",
 }
 _LIBRARIES = tuple(os.path.join(*module.__path__, "") for module in (jax, flax))
 
 
 def name_of(op: Op, around: frozenset[str] = frozenset()) -> str:
-    """A name for people, such as `"DenseGeneral"`, `"relu"` or `"max-pool"`.
+    """Returns a name for people, such as `"DenseGeneral"`, `"relu"` or `"max-pool"`.
 
     Args:
       op: the operation.
@@ -45,13 +49,13 @@ def name_of(op: Op, around: frozenset[str] = frozenset()) -> str:
 
 
 def modules_around(op: Op) -> frozenset[str]:
-    """The names of the modules in whose call an operation is."""
+    """Returns the names of the modules in whose call an operation is."""
     names = (_module(frame) for frame in _frames(op))
     return frozenset(name for name in names if name)
 
 
 def _where(op: Op, around: frozenset[str]) -> tuple[str, str]:
-    """The innermost module of Flax, and the outermost public function in it, in which an operation is; or nothing."""
+    """Returns the innermost module of Flax, and the outermost public function in it, in which an operation is."""
     function = ""
     for frame in _frames(op):
         if not frame.file_name.startswith(_LIBRARIES):
@@ -65,12 +69,12 @@ def _where(op: Op, around: frozenset[str]) -> tuple[str, str]:
 
 
 def _module(frame: Any) -> str:
-    """The name of the class, where a frame is a `__call__` of one."""
+    """Returns the name of the class, where a frame is a `__call__` of one."""
     name, _, method = frame.function_name.rpartition(".")
     return name.rpartition(".")[2] if method == "__call__" else ""
 
 
 def _frames(op: Op) -> list[Any]:
-    """The calls in which an operation was traced, the innermost first."""
+    """Returns the calls in which an operation was traced, the innermost first."""
     traceback = getattr(getattr(op.caller, "source_info", None), "traceback", None)
     return list(traceback.frames) if traceback else []

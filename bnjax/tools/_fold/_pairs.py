@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnjax.tools._fold._channels import Channels, Index, behind, channels_at
+from bnjax.tools._fold._channels import Channels, behind, channels_at
 from bnjax.tools._fold._flow import Op
+from bnjax.tools._fold._moves import Index
 from bnjax.tools._fold._names import modules_around, name_of
 from bnjax.tools._fold._sites import Marked, Norm, Site
 from bnjax.tools._fold._stored import Stored
@@ -54,7 +55,7 @@ class Match(NamedTuple):
 
 
 def find_pairs(marked: Marked, names: list[Path]) -> tuple[list[Match], dict[Path, str]]:
-    """The pairs of a model, in the order of its layers, and the reason for each normalization that is left.
+    """Returns the pairs of a model, in the order of its layers, and the reason for each normalization that is left.
 
     Args:
       marked: the traced model.
@@ -62,14 +63,17 @@ def find_pairs(marked: Marked, names: list[Path]) -> tuple[list[Match], dict[Pat
     """
     search = _Search(marked, names)
     matches: list[Match] = []
-    left: dict[Path, str] = {}
-    for label, site in marked.sites.items():
-        if isinstance(site.layer, Norm):
-            found = search.partner(label, site, site.layer)
-            if isinstance(found, Match):
-                matches.append(found)
-            else:
-                left[site.path] = found
+    norms = {label: site for label, site in marked.sites.items() if isinstance(site.layer, Norm)}
+    left = {site.path: "its output is not used" for site in norms.values()}
+    for label, site in norms.items():
+        if label not in search.sites:  # a loop may be traced several times, and one of these is used
+            continue
+        found = search.partner(label, site, site.layer)
+        if isinstance(found, Match):
+            matches.append(found)
+            del left[site.path]
+        else:
+            left[site.path] = found
     return matches, left
 
 
@@ -85,10 +89,8 @@ class _Search:
         self.stored = Stored(marked, names)
         self.ends = {label: self._from(label, site) for label, site in self.sites.items()}
 
-    def partner(self, label: str, site: Site, norm: Norm) -> Match | str:
-        """The layer before a normalization, else the layer after it, else the reasons against both."""
-        if label not in self.sites:
-            return "its output is not used"
+    def partner(self, label: str, site: Site, norm: Any) -> Match | str:
+        """Returns the layer before a normalization, else the layer after it, else the reasons against both."""
         problem = norm.problem or self._alone(label, site)
         if problem:
             return problem
@@ -135,13 +137,13 @@ class _Search:
         return self._match(Match(site, layer, "next", end.channels.along(-1), *end.channels[1:3]), end, goes)
 
     def _match(self, match: Match, end: End, so_far: str) -> Match | str:
-        """The pair, unless an operation in between mixes channels or does not keep constants."""
+        """Returns the pair, unless an operation in between mixes channels or does not keep constants."""
         if match.channels is None or not match.factor or end.channels.uneven:
             return f"{so_far}, with {end.channels.uneven or 'a reshape that mixes channels'} in between"
         return match
 
     def _from(self, label: str, site: Site) -> list[End]:
-        """Where the output of a site goes."""
+        """Returns where the output of a site goes."""
         shape = self._shape(label, "output")
         axis = site.layer.axis if isinstance(site.layer, Norm) else -1
         channels = channels_at(axis, shape[axis], len(shape))
@@ -150,7 +152,7 @@ class _Search:
         return sweep(self.flow, {start: channels}, wanted, unmoved if self._stacked(label, site) else behind)
 
     def _stacked(self, label: str, site: Site) -> bool:
-        """Whether vmap put an axis into the output of a site, who knows where."""
+        """Returns whether vmap put an axis somewhere into the output of a site."""
         return len(self._shape(label, "output")) != site.rank
 
     def _shape(self, label: str, what: str) -> tuple[int, ...]:
@@ -160,13 +162,13 @@ class _Search:
         return next(op for op in self.flow.marks[f"{label} {what}"] if op.at in self.flow.live)
 
     def _alone(self, label: str, site: Site) -> str:
-        """Why a site cannot take part, whatever is beside it, or nothing."""
+        """Returns why a site cannot take part, whatever is beside it, or nothing."""
         if self.calls[site.path] > 1:
             return "it is called more than once" if isinstance(site.layer, Norm) else "which is called more than once"
         return self.stored.problem(label, site)
 
     def _maker(self, value: int) -> Op | None:
-        """What makes a value, through operations that channels pass."""
+        """Returns what makes a value, through operations that channels pass."""
         while (op := self.flow.maker.get(value)) is not None:
             inputs = [value for value in op.inputs if value not in self.flow.constants]
             if self._label(op, "output") is not None or len(inputs) != 1:
@@ -178,7 +180,7 @@ class _Search:
         return None
 
     def _label(self, op: Op, what: str) -> str | None:
-        """The label of a site whose input or output an operation marks."""
+        """Returns the label of a site whose input or output an operation marks."""
         label = op.label.removesuffix(f" {what}")
         return label if label != op.label and label in self.sites else None
 
@@ -186,15 +188,17 @@ class _Search:
         return modules_around(self._mark(label, "input"))
 
     def _list(self, ends: list[End], label: str) -> str:
-        """What people call the ends of the ways from a site."""
+        """Returns what people call the ends of the ways from a site."""
         sites = [self._label(end.op, "input") for end in ends]
         around = self._around(label)
         names = [show(self.sites[s].path) if s else name_of(e.op, around) for s, e in zip(sites, ends, strict=True)]
+        if len(ends) > 1:  # one operation, such as gelu, may hand its input on beside what it makes of it
+            names = [end.channels.uneven or name for name, end in zip(names, ends, strict=True)]
         return " and ".join(dict.fromkeys(names))
 
 
 def _outputs(channels: Channels, count: int, axis: int, shape: tuple[int, ...]) -> Index | None:
-    """The channel of a normalization for each output of the layer before it; None where an output is in several.
+    """Returns the channel of a normalization for each output of the layer before it; None where one is in several.
 
     Args:
       channels: where the outputs of the layer are in the input of the normalization.

@@ -18,14 +18,14 @@ Leaves = dict[str, jax.Array]  # the variables of one layer by name
 
 
 def affine(norm: Norm, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
-    """a and c of y = a·x + c, in float32 at least."""
+    """Returns a and c of y = a·x + c, in float32 at least."""
     wide = {name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in leaves.items()}
     scale = wide["scale"] + norm.scale_offset if "scale" in wide else None
     return affine_of(norm, RunningStats(wide["mean"], wide["var"]), scale, wide.get("bias"))
 
 
 def into_layer(match: Match, a: jax.Array, c: jax.Array, layer: Leaves) -> Leaves:
-    """The kernel and bias of a layer with a normalization folded into it; [lead..., C] each of a and c."""
+    """Returns the kernel and bias of a layer with a normalization folded into it; [lead..., C] each of a and c."""
     site: Any = match.layer.layer
     kernel = layer["kernel"].astype(jnp.promote_types(layer["kernel"].dtype, jnp.float32))
     if match.channels is not None:
@@ -41,7 +41,7 @@ def into_layer(match: Match, a: jax.Array, c: jax.Array, layer: Leaves) -> Leave
 
 
 def shifted(norm: Norm, leaves: Leaves, shift: jax.Array) -> Leaves:
-    """Variables with which most normalizations are x + shift: (1 − ε) + ε is 1 in float32 too."""
+    """Returns variables with which most normalizations are x + shift: (1 − ε) + ε is 1 in float32 too."""
     one = jnp.ones_like(shift.real)
     in_bias = "bias" in leaves and not jnp.iscomplexobj(shift)  # a complex shift has no place in a real bias
     new = {
@@ -54,14 +54,14 @@ def shifted(norm: Norm, leaves: Leaves, shift: jax.Array) -> Leaves:
 
 
 def take_row(norm: Norm, leaves: Leaves) -> Leaves:
-    """The variables of a normalization, those of one domain where it has several: `[lead..., D, C]`."""
+    """Returns the variables of a normalization, those of one domain where it has several: `[lead..., D, C]`."""
     if norm.row is None:
         return leaves
     return {name: leaf if _shared(norm, name) else leaf[..., norm.row, :] for name, leaf in leaves.items()}
 
 
 def put_row(norm: Norm, row: Leaves, leaves: Leaves) -> Leaves:
-    """The variables in the shapes they had. What was folded is one domain's, and so every row is that one's."""
+    """Returns the variables in the shapes they had. What was folded is one domain's, and so every row is that one's."""
     if norm.row is None:
         return row
     whole = {name: leaf if _shared(norm, name) else leaf[..., None, :] for name, leaf in row.items()}
@@ -73,7 +73,7 @@ def _shared(norm: Norm, name: str) -> bool:
 
 
 def _along(vector: jax.Array, rank: int, axis: int) -> jax.Array:
-    """A vector [lead..., C] at the rank of a kernel, its channels at `axis` (counted from the end)."""
+    """Returns a vector [lead..., C] at the rank of a kernel, its channels at `axis` (counted from the end)."""
     *lead, channels = vector.shape
     shape = [*lead, *[1] * (rank - len(lead))]
     shape[axis] = channels
@@ -81,7 +81,7 @@ def _along(vector: jax.Array, rank: int, axis: int) -> jax.Array:
 
 
 def _by_input(kernel: jax.Array, vector: jax.Array, groups: int) -> jax.Array:
-    """kernel [lead..., spatial..., in/groups, out] times a vector [lead..., in]: each output with its group of it."""
+    """Multiplies kernel [lead..., spatial..., in/groups, out] by a vector [lead..., in]: every output by its group."""
     *front, inputs, outputs = kernel.shape
     *lead, _ = vector.shape
     factors = vector.reshape(*lead, *[1] * (len(front) - len(lead)), groups, inputs).swapaxes(-1, -2)[..., None]

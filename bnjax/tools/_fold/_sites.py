@@ -101,7 +101,7 @@ def _modules(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
 
 
 def _variables(module: Any) -> Iterator[tuple[str, Any]]:
-    """The variables that a layer reads, as it sees them here."""
+    """Returns the variables that a layer reads, as it sees them here."""
     for name in _VARIABLES:
         if isinstance(module, nnx.Module):
             if isinstance(variable := getattr(module, name, None), nnx.Variable):
@@ -113,7 +113,7 @@ def _variables(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _norm(call: Call, module: Any) -> Norm:
-    """What is known of a normalization; `module` is it, outside of this trace where there is such a thing."""
+    """Returns what is known of a normalization; `module` is it, outside of this trace where there is such a thing."""
     if problem := unsaid(module) or _problem(call, described(module)):
         return Norm(problem.rstrip("."))
     domain = _domain(call)
@@ -128,13 +128,13 @@ def _norm(call: Call, module: Any) -> Norm:
 
 
 def _domain(call: Call) -> Any:
-    """Whose statistics normalise, where there are several."""
+    """Returns the domain whose statistics normalise, where there are several."""
     given = call.options.get("domain")
     return getattr(call.module, "domain", None) if given is None else given
 
 
 def _problem(call: Call, says: Normalization) -> str:
-    """Why a normalization cannot be folded into any layer, or nothing."""
+    """Returns why a normalization cannot be folded into any layer, or nothing."""
     module, asked = call.module, call.options.get("use_running_average")
     evaluates = module.use_running_average if asked is None else asked
     if not (evaluates or says.is_constant):
@@ -149,7 +149,7 @@ def _problem(call: Call, says: Normalization) -> str:
 
 
 def affine_of(norm: Norm, stats: RunningStats, scale: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
-    """a and c of y = a·x + c; [lead..., C] each, where vmap or scan stacked layers."""
+    """Returns a and c of y = a·x + c; [lead..., C] each, where vmap or scan stacked layers."""
     run = lambda stats, scale, bias: norm.says.evaluation_affine(stats, scale, bias, norm.epsilon)  # noqa: E731
     for _ in range(stats.mean.ndim - 1):
         run = jax.vmap(run)

@@ -17,7 +17,7 @@ class Stored:
         self._leaves = {name: i for i, name in enumerate(names)}
 
     def problem(self, label: str, site: Site) -> str:
-        """Why the variables of a site are not its own alone, or nothing."""
+        """Returns why the variables of a site are not its own alone, or nothing."""
         who = "its" if isinstance(site.layer, Norm) else "whose"
         inside = [
             range(first.at, last.at)
@@ -41,7 +41,7 @@ def _origin(flow: Flow, value: int) -> int:
 
 
 def _readers(flow: Flow, value: int) -> list[Op]:
-    """The operations that use a variable for something."""
+    """Returns the operations that use a variable for something."""
     found: list[Op] = []
     for op in flow.users.get(value, []):
         found += _readers(flow, op.outputs[0]) if op.name in _SAME else [op]

@@ -19,7 +19,7 @@ Layers = Mapping[Path, Mapping[str, jax.Array]]
 
 
 def strip(variables: Any, matches: list[Match], layers: Layers) -> Any:
-    """linen variables without the folded normalizations, and with kernels and biases from `layers`."""
+    """Returns linen variables without the folded normalizations, and with kernels and biases from `layers`."""
     norms = {match.norm.path for match in matches}
     flat = flatten_dict(unfreeze(variables), is_leaf=lambda _, node: is_box(node))
     flat = {names: leaf for names, leaf in flat.items() if names[1:-1] not in norms}
@@ -34,7 +34,7 @@ def strip(variables: Any, matches: list[Match], layers: Layers) -> Any:
 
 
 def _boxed(old: Any, kernel: Any, bias: jax.Array, match: Match) -> Any:
-    """The bias in the box that it had, or in one with the names of the kernel's stacked and output axes."""
+    """Returns the bias in the box that it had, or in one with the names of the kernel's stacked and output axes."""
     if old is not None:
         return meta.replace_boxed(old, bias)
     if not isinstance(kernel, nn.Partitioned):
@@ -44,13 +44,13 @@ def _boxed(old: Any, kernel: Any, bias: jax.Array, match: Match) -> Any:
 
 
 def _bias_names(names: Any, rank: int, match: Match) -> tuple[Any, ...]:
-    """Of the names of a kernel's axes those of its stacked axes and of its outputs."""
+    """Returns, of the names of a kernel's axes, those of its stacked axes and of its outputs."""
     site: Any = match.layer.layer
     return (*names[: rank - 1], names[site.out_axis])
 
 
 def stripped_apply(apply_fn: Callable[..., Any], matches: list[Match]) -> Callable[..., Any]:
-    """`apply_fn`, in which folded normalizations hand on their input and layers add the bias they had not."""
+    """Returns `apply_fn` with normalizations that hand on their input and layers that add the bias they had not."""
     norms = {match.norm.path: match.norm for match in matches}
     takers = {match.layer.path for match in matches}
 
@@ -85,7 +85,7 @@ class Identity(nnx.Module):
 
 
 def strip_module(model: nnx.Module, matches: list[Match], layers: Layers) -> nnx.Module:
-    """An nnx module like `model`, identities in place of the folded normalizations."""
+    """Returns an nnx module like `model`, identities in place of the folded normalizations."""
     model = nnx.clone(model)
     modules = {tuple(map(str, path)): (path, module) for path, module in nnx.iter_modules(model)}
     for match in matches:

@@ -28,12 +28,12 @@ Pass = Callable[[Op, Mapping[int, Channels], Flow], Channels | None]
 
 
 def unmoved(op: Op, known: Mapping[int, Channels], flow: Flow) -> Channels | None:
-    """The channels behind an operation that leaves every element where it is."""
+    """Returns the channels behind an operation that leaves every element where it is."""
     return behind(op, known, flow) if op.name in (*SAME, "convert_element_type") else None
 
 
 def sweep(flow: Flow, starts: Mapping[int, Channels], wanted: Callable[[Op], bool], passes: Pass = behind) -> list[End]:
-    """All ends of the ways from some values, in the order of the program.
+    """Returns all ends of the ways from some values, in the order of the program.
 
     Args:
       flow: the program.

@@ -17,7 +17,7 @@ _IDENTITY = 8
 
 
 def layers_of(tree: Tree, matches: list[Match]) -> Layers:
-    """The variables of the layers of some pairs, as they are."""
+    """Returns the variables of the layers of some pairs, as they are."""
     layers: Layers = {site.path: {} for match in matches for site in (match.norm, match.layer)}
     for name, leaf in zip(tree.names, tree.leaves, strict=True):
         if name[:-1] in layers:
@@ -26,7 +26,7 @@ def layers_of(tree: Tree, matches: list[Match]) -> Layers:
 
 
 def unfit(match: Match, layers: Layers) -> str:
-    """Why the variables of a pair do not go together, or nothing."""
+    """Returns why the variables of a pair do not go together, or nothing."""
     layer = match.layer
     site: Any = layer.layer
     norm: Any = match.norm.layer
@@ -47,7 +47,7 @@ def unfit(match: Match, layers: Layers) -> str:
 
 
 def fold_all(layers: Layers, matches: list[Match]) -> tuple[Layers, Layers]:
-    """The variables after all folds; a layer may take one normalization from before it and one from after it.
+    """Returns the variables after all folds; a layer may take one normalization from before it and one from after it.
 
     Returns:
       The variables of the old structure: normalizations are the identity, plus the shift for which the layer before
@@ -63,7 +63,7 @@ def fold_all(layers: Layers, matches: list[Match]) -> tuple[Layers, Layers]:
 
 
 def _errors_of_identity(matches: list[Match], shifts: set[Path], layers: Layers) -> dict[Path, jax.Array]:
-    """How far normalizations are from x + shift with the variables meant for that, relatively."""
+    """Returns how far normalizations are from x + shift with the variables meant for that, relatively."""
     errors = {}
     for match in matches:
         norm: Any = match.norm.layer
@@ -76,7 +76,7 @@ def _errors_of_identity(matches: list[Match], shifts: set[Path], layers: Layers)
 
 
 def _folded(matches: list[Match], shifts: set[Path], layers: Layers) -> Layers:
-    """The variables after some folds; those normalizations of which `shifts` has the path keep the shift."""
+    """Returns the variables after some folds; those normalizations of which `shifts` has the path keep the shift."""
     layers = dict(layers)
     for match in matches:
         norm: Any = match.norm.layer

@@ -15,7 +15,7 @@ _SPREAD = 1e3
 
 
 def flags_of(row: Mapping[str, Any]) -> list[str]:
-    """A sentence for each thing that is wrong."""
+    """Returns a sentence for each thing that is wrong."""
     if row["broken"]:  # nothing else in the row means anything then
         return [
             f"{row['broken']} of {row['channels']} channels have statistics that are not finite, or a negative "

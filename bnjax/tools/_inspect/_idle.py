@@ -14,7 +14,7 @@ _NOTHING = 1e-3
 def idle(
     mean: Array, var: Array, scale: Array | None, bias: Array | None, epsilon: float, unit: float
 ) -> tuple[Array, Array]:
-    """The channels whose input does not vary, and those others whose scale leaves nothing of it.
+    """Returns the channels whose input does not vary, and those others whose scale leaves nothing of it.
 
     Args:
       mean, var: the running averages.

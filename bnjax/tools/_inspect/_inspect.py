@@ -37,11 +37,11 @@ class Inspection(NamedTuple):
     rows: list[Row]
 
     def __str__(self) -> str:
-        """A table in plain text, and below it what is wrong."""
+        """Returns a table in plain text, and below it what is wrong."""
         return as_text(self.rows)
 
     def rich(self) -> Any:
-        """The same for `rich.print`, with what is wrong in colour.
+        """Returns the table for `rich.print`, with what is wrong in colour.
 
         Raises:
           ImportError: rich is not installed.
@@ -68,7 +68,7 @@ def inspect(
     scale_offset: float | None = None,
     replica_axis: int | None = None,
 ) -> Inspection:
-    r"""A table of the batch normalization layers, with what is wrong and what to do in words.
+    r"""Returns a table of the batch normalization layers, with what is wrong and what to do in words.
 
     .. math::
         \mathrm{mean\_drift} = \sqrt{\frac1C \sum_c \frac{(m_c - \mathrm{mean}_c)^2}{\mathrm{var}_c + \epsilon}}, \qquad
@@ -140,7 +140,7 @@ def inspect(
 
 
 def _fields(variables: Any) -> dict[Path, tuple[float, float]]:
-    """Epsilon and scale_offset of the layers of an nnx module."""
+    """Returns epsilon and scale_offset of the layers of an nnx module."""
     modules = nnx.iter_modules(variables) if isinstance(variables, nnx.Module) else ()
     return {
         tuple(map(str, path)): (module.epsilon, getattr(module, "scale_offset", 0.0))
@@ -182,7 +182,7 @@ def _row(
 
 
 def _replicas(leaf: jax.Array, axis: int | None) -> np.ndarray[Any, Any]:
-    """The values that the replicas hold, stacked; one where there are no replicas to see."""
+    """Returns the values that the replicas hold, stacked; one where there are no replicas to see."""
     if axis is not None:
         if not -leaf.ndim <= axis < leaf.ndim or leaf.ndim < 2:
             raise ValueError(
@@ -196,7 +196,7 @@ def _replicas(leaf: jax.Array, axis: int | None) -> np.ndarray[Any, Any]:
 
 
 def _of_all(leaves: Mapping[str, jax.Array], role: str, axis: int | None) -> np.ndarray[Any, Any] | None:
-    """The scale or bias of a layer, averaged over replicas where each has one."""
+    """Returns the scale or bias of a layer, averaged over replicas where each has one."""
     if role not in leaves:
         return None
     leaf = _wide(leaves[role])
@@ -204,7 +204,7 @@ def _of_all(leaves: Mapping[str, jax.Array], role: str, axis: int | None) -> np.
 
 
 def _wide(leaf: Any) -> np.ndarray[Any, Any]:
-    """In float64; the mean of complex inputs in complex128."""
+    """Returns an array in float64; the mean of complex inputs in complex128."""
     return np.asarray(leaf, np.complex128 if np.iscomplexobj(leaf) else np.float64)
 
 

@@ -10,7 +10,7 @@ from bnjax.tools._trees import COLLECTIONS, Path
 
 
 def in_order(layers: Iterable[Path], variables: Any, moments: Iterable[str]) -> list[Path]:
-    """The layers in the order in which they run, as far as it is known.
+    """Returns the layers in the order in which they run, as far as it is known.
 
     A dict that went through `jit` or a checkpoint is sorted by name, and remembers nothing. One that is not sorted,
     such as the variables that `init` returns, has its entries in the order in which the layers ran; so have moments.
@@ -29,13 +29,13 @@ def in_order(layers: Iterable[Path], variables: Any, moments: Iterable[str]) -> 
 
 
 def _as_counted(path: Path) -> list[list[tuple[int, str]]]:
-    """A key by which `norm_10` comes after `norm_9`."""
+    """Returns a key by which `norm_10` comes after `norm_9`."""
     parts = [re.split(r"(\d+)", name) for name in path]
     return [[(int(part), "") if part.isdecimal() else (-1, part) for part in name] for name in parts]
 
 
 def _paths(node: Any, so_far: Path = ()) -> Iterator[Path]:
-    """The paths of all nodes of a tree, a node before what is in it."""
+    """Returns the paths of all nodes of a tree, a node before what is in it."""
     yield so_far
     for name, child in _children(node):
         collection = not so_far and name in COLLECTIONS
@@ -43,7 +43,7 @@ def _paths(node: Any, so_far: Path = ()) -> Iterator[Path]:
 
 
 def _children(node: Any) -> list[tuple[str, Any]]:
-    """What is in a node, by name, in the order that it remembers, or by name as people count."""
+    """Returns what is in a node, by name, in the order that it remembers, or by name as people count."""
     if isinstance(node, nnx.Module):
         return [(str(name), child) for name, child in vars(node).items()]
     if isinstance(node, (list, tuple)):

@@ -27,7 +27,7 @@ _COLUMNS = (  # key, heading
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Columns that hold something, aligned; then the flags."""
+    """Returns aligned columns, those that hold something; then the flags."""
     columns = _filled(rows)
     cells = [[heading for _, heading in columns], *([_cell(row[key]) for key, _ in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -39,7 +39,7 @@ def as_text(rows: Sequence[Row]) -> str:
 
 
 def _flags(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Each sentence once, after the layers that it is about."""
+    """Returns each sentence once, after the layers that it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for flag in row["flags"]:
@@ -49,7 +49,7 @@ def _flags(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def as_rich(rows: Sequence[Row]) -> Any:
-    """A `rich.console.Group` of the table and the flags."""
+    """Returns a `rich.console.Group` of the table and the flags."""
     console, table, text = (_needs("rich", f"rich.{name}") for name in ("console", "table", "text"))
     columns = _filled(rows)
     grid = table.Table()
@@ -63,7 +63,7 @@ def as_rich(rows: Sequence[Row]) -> Any:
 
 
 def draw(rows: Sequence[Row], file: File) -> None:
-    """Four panels over the layers: drift, scales, variances, idle channels."""
+    """Draws four panels over the layers: drift, scales, variances, idle channels."""
     figure = _needs("matplotlib", "matplotlib.figure").Figure(figsize=(12, 2.5 + 0.5 * len(rows)), layout="constrained")
     drift, scales, variances, idle = figure.subplots(1, 4, sharey=True)
     names, places = [row["layer"] for row in rows], range(len(rows))

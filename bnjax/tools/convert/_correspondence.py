@@ -39,7 +39,7 @@ class Leaf(NamedTuple):
 
 
 def tree_of(variables: Any) -> Tree:
-    """The variables, with or without statistics; raises ValueError where something must have been forgotten."""
+    """Returns the variables, with or without statistics; raises ValueError where something must have been forgotten."""
     tree = _trees.flatten(variables)
     if not tree.names:
         raise ValueError(
@@ -58,7 +58,7 @@ def tree_of(variables: Any) -> Tree:
 def leaves_of(
     variables: Any, tree: Tree, dialect: Dialect, names: Mapping[str, str] | None, prefix: str = ""
 ) -> list[Leaf]:
-    """What each leaf is called in the other library; raises ValueError where two get one name.
+    """Returns what each leaf is called in the other library; raises ValueError where two get one name.
 
     `names` gives modules, and all that is below them, their names; `prefix` goes before every name. Random states of
     nnx and counters of refused batches are in no other library, and are left out.
@@ -78,7 +78,7 @@ def leaves_of(
 
 
 def key_of(path: Path, role: str, dialect: Dialect, names: Mapping[str, str], prefix: str = "", *, norm: bool) -> str:
-    """The name of one variable in the other library."""
+    """Returns the name of one variable in the other library."""
     word = (dialect.norm if norm else dialect.weight).get(role)
     if word is None:
         raise ValueError(f"{show((*path, role))} has no counterpart in {dialect.library}: convert a tree without it.")
@@ -87,7 +87,7 @@ def key_of(path: Path, role: str, dialect: Dialect, names: Mapping[str, str], pr
 
 
 def name_of(path: Path, dialect: Dialect, names: Mapping[str, str]) -> str:
-    """The name of a module: that in `names`, or below that of the nearest module there that holds it."""
+    """Returns the name of a module: that in `names`, or below that of the nearest module there that holds it."""
     for length in range(len(path), -1, -1):
         above = "/".join(path[:length])
         if above in names:
@@ -96,12 +96,12 @@ def name_of(path: Path, dialect: Dialect, names: Mapping[str, str]) -> str:
 
 
 def with_end(prefix: str, dialect: Dialect) -> str:
-    """A prefix as it stands before names, whether its separator was written or not."""
+    """Returns a prefix as it stands before names, whether its separator was written or not."""
     return prefix if not prefix or prefix.endswith(dialect.separator) else prefix + dialect.separator
 
 
 def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The part of a state whose names begin with the prefix, without it; raises ValueError where there is none."""
+    """Returns the part of a state whose names begin with the prefix, without it; raises ValueError if no name does."""
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if state and not part:
         raise ValueError(f"no name in state begins with prefix={prefix!r}; they are {shortened(state)}.")
@@ -109,7 +109,7 @@ def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_distinct(leaves: list[Leaf]) -> list[Leaf]:
-    """The leaves; raises ValueError where modules would overwrite each other."""
+    """Returns the leaves; raises ValueError where modules would overwrite each other."""
     twice = {key for key, count in Counter(leaf.key for leaf in leaves).items() if count > 1}
     if twice:
         key = min(twice)
@@ -119,12 +119,12 @@ def check_distinct(leaves: list[Leaf]) -> list[Leaf]:
 
 
 def copied(value: Array) -> Array:
-    """A contiguous copy that may be written to; dtypes that NumPy does not have by itself, as float32."""
+    """Returns a contiguous copy that may be written to; dtypes that NumPy does not have by itself, as float32."""
     return np.array(value, np.float32 if value.dtype.kind == "V" else value.dtype, order="C")
 
 
 def _random_states(variables: Any) -> set[Path]:
-    """The paths of the random states in an nnx module or state."""
+    """Returns the paths of the random states in an nnx module or state."""
     state = nnx.state(variables) if isinstance(variables, nnx.Module) else variables
     if not isinstance(state, nnx.State):
         return set()

@@ -46,7 +46,8 @@ def filled(
     advice: Callable[[], str],
     partial: Sequence[str] | None = None,
 ) -> Any:
-    """The tree with the values of `state`, as a `Loaded` where `partial` says which modules may stay as they are.
+    """Returns the tree with the values of `state`, as a `Loaded` where `partial` says which modules may stay as they
+    are.
 
     Args:
       tree: what to fill.
@@ -89,7 +90,7 @@ def filled(
 
 
 def with_steps(state: Mapping[str, Any], leaves: Sequence[Leaf], steps: float | None) -> dict[str, Any]:
-    """The state, with a count of batches for each layer that counts them and for which it has averages alone."""
+    """Returns the state, with a count of batches for each layer that counts them and finds averages alone."""
     averages = {leaf.module for leaf in leaves if leaf.role == "mean" and leaf.key in state}
     lacking = [leaf for leaf in leaves if leaf.role == "steps" and leaf.key not in state and leaf.module in averages]
     if lacking and steps is None:
@@ -101,7 +102,7 @@ def with_steps(state: Mapping[str, Any], leaves: Sequence[Leaf], steps: float | 
 
 
 def reshaped(value: Array, shape: tuple[int, ...]) -> Array:
-    """The array in a shape that differs by axes of size one; as it is where it differs by more."""
+    """Returns the array in a shape that differs by axes of size one; as it is where it differs by more."""
     without = [tuple(n for n in s if n != 1) for s in (value.shape, shape)]
     return value.reshape(shape) if without[0] == without[1] else value
 
@@ -109,7 +110,7 @@ def reshaped(value: Array, shape: tuple[int, ...]) -> Array:
 def _converted(
     held: Sequence[Leaf], state: Mapping[str, Any], convert: Callable[[Any, Leaf], Array]
 ) -> tuple[list[Array], str]:
-    """The values of one module, or why there are none: half a module would be neither of the two networks."""
+    """Returns the values of one module, or why there are none: half a module would be neither of the two networks."""
     values = []
     for leaf in held:
         if leaf.key not in state:
@@ -135,7 +136,7 @@ def _may_stay(modules: Mapping[str, Any], partial: Sequence[str] | None) -> set[
 
 
 def _initial(tree: Tree, at: int) -> jax.Array:
-    """What a leaf without a value starts as, where it is known: counters do at zero."""
+    """Returns what a leaf without a value starts as, where it is known: counters do at zero."""
     name, leaf = tree.names[at], tree.leaves[at]
     if name[-1] in ("skipped", "steps"):
         return jnp.zeros(leaf.shape, leaf.dtype)

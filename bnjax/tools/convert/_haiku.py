@@ -3,16 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from bnjax.tools.convert._correspondence import Array, Dialect, Leaf, check_distinct, leaves_of, tree_of
-from bnjax.tools.convert._fill import filled, reshaped
-from bnjax.tools.convert._kernels import Kernels, kernels_of
+from bnjax.tools.convert._correspondence import Array, Dialect, check_distinct, leaves_of, tree_of
+from bnjax.tools.convert._fill import filled
+from bnjax.tools.convert._haiku_state import (
+    Nested,
+    averages,
+    check_decay,
+    ema,
+    flat,
+    to_flax_axes,
+    to_haiku_axes,
+    variances,
+)
+from bnjax.tools.convert._kernels import kernels_of
 from bnjax.tools.convert._layers import layers_of
 from bnjax.tools.convert._propose import advice, propose
-
-Nested = Mapping[str, Mapping[str, Any]]
 
 HAIKU = Dialect(
     library="Haiku",
@@ -27,9 +34,6 @@ HAIKU = Dialect(
     weight={"kernel": "w", "embedding": "embeddings", "bias": "b"},
 )
 _STATE = ("mean", "var", "steps")
-_AVERAGES = ("mean_ema", "var_ema")
-# 1 − dⁿ is 1 in float32 for every d < 1 that float32 can tell from 1; and 2³⁰ steps more still fit the int32.
-_DEBIASED = 2**30
 
 
 def from_haiku(
@@ -42,10 +46,10 @@ def from_haiku(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> Any:
-    r"""Variables with the values of a Haiku network.
+    r"""Returns variables with the values of a Haiku network.
 
     .. math:: \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var}, \mathrm{steps} =
-              \mathtt{scale}, \mathtt{offset}, \mathtt{mean\_ema/average}, \mathtt{var\_ema/average}, \mathtt{counter}
+              \mathtt{scale}, \mathtt{offset}, \mathtt{mean\ema/average}, \mathtt{var\ema/average}, \mathtt{counter}
 
     Haiku's averages leave out the zeros that they started from: they are those of `debias=True`, for whose `steps` the
     counter is taken, and training goes on as in Haiku. Into variables that count no steps go the averages alone, and
@@ -88,12 +92,12 @@ def from_haiku(
     leaves = check_distinct(leaves_of(variables, tree, HAIKU, names))
     layers = layers_of(variables, apply_fn, x)
     kernels = kernels_of(leaves, layers, transposed)
-    values = _flat(params) | _averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"}) | _variances(state)
+    values = flat(params) | averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"}) | variances(state)
     return filled(
         tree,
         leaves,
         values,
-        lambda value, leaf: _to_flax(np.asarray(value), leaf, kernels),
+        lambda value, leaf: to_flax_axes(np.asarray(value), leaf, kernels),
         advice=lambda: advice(propose(values, leaves, HAIKU, layers), HAIKU),
     )
 
@@ -109,7 +113,7 @@ def to_haiku(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, dict[str, Array]]]:
-    r"""The values of variables in the trees of a Haiku network: the inverse of :func:`from_haiku`.
+    r"""Returns the values of variables in the trees of a Haiku network: the inverse of :func:`from_haiku`.
 
     .. math:: \mathtt{hidden} = (1 - d^t) \cdot \mathtt{average}, \qquad t = \mathtt{counter}
 
@@ -148,19 +152,21 @@ def to_haiku(
     leaves = check_distinct(leaves_of(variables, tree, HAIKU, names))
     layers = layers_of(variables, apply_fn, x)
     kernels = kernels_of(leaves, layers, transposed)
-    like = _flat(params) | _averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"})
+    like = flat(params) | averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"})
     if like.keys() != (ours := {leaf.key for leaf in leaves}):
         raise ValueError(
             f"the Haiku network and the variables do not correspond: it lacks {sorted(ours - like.keys())} and has "
             f"{sorted(like.keys() - ours)} besides. {advice(propose(like, leaves, HAIKU, layers), HAIKU)}"
         )
-    values = {leaf.key: _to_haiku(np.asarray(tree.leaves[leaf.at]), leaf, like[leaf.key], kernels) for leaf in leaves}
+    values = {
+        leaf.key: to_haiku_axes(np.asarray(tree.leaves[leaf.at]), leaf, like[leaf.key], kernels) for leaf in leaves
+    }
     filled_params = {module: {k: values[f"{module}/{k}"] for k in held} for module, held in params.items()}
-    return filled_params, {module: _ema(module, held, values, decay_rate) for module, held in state.items()}
+    return filled_params, {module: ema(module, held, values, decay_rate) for module, held in state.items()}
 
 
 def fields_from_haiku(decay_rate: float, eps: float = 1e-5) -> dict[str, Any]:
-    r"""The fields of `bnjax.BatchNorm` for the arguments of `haiku.BatchNorm`.
+    r"""Returns the fields of `bnjax.BatchNorm` for the arguments of `haiku.BatchNorm`.
 
     .. math:: \mathrm{momentum} = \mathtt{decay\_rate}, \quad \epsilon = \mathtt{eps}
 
@@ -179,81 +185,5 @@ def fields_from_haiku(decay_rate: float, eps: float = 1e-5) -> dict[str, Any]:
       >>> tools.fields_from_haiku(0.9)
       {'momentum': 0.9, 'epsilon': 1e-05, 'debias': True}
     """
-    _check_decay(decay_rate)
+    check_decay(decay_rate)
     return dict(momentum=decay_rate, epsilon=eps, debias=True)
-
-
-def _check_decay(decay_rate: float | None) -> None:
-    if decay_rate is None or not 0 <= decay_rate < 1:
-        raise ValueError(f"Haiku's decay_rate is the weight of the OLD value and must be in [0, 1); got {decay_rate}.")
-
-
-def _flat(nested: Nested) -> dict[str, Any]:
-    return {f"{module}/{name}": value for module, held in nested.items() for name, value in held.items()}
-
-
-def _averages(state: Nested, counters: set[str]) -> dict[str, Any]:
-    """The state by key without what the averages make redundant: `hidden`, and counters that nothing asks for."""
-    derived = {f"{m}/{name}" for m in state if m.endswith(_AVERAGES) for name in ("hidden", "counter")}
-    return {key: value for key, value in _flat(state).items() if key in counters or key not in derived}
-
-
-def _variances(state: Nested) -> dict[str, Array]:
-    """Those that rounding made negative as 0; what is further below zero is refused later."""
-    values = {}
-    for module, held in state.items():
-        norm, _, name = module.rpartition("/")
-        beside = state.get(f"{norm}/mean_ema", {})
-        if name == "var_ema" and "average" in held and "average" in beside:
-            var, mean = np.asarray(held["average"]), np.asarray(beside["average"])
-            rounding = 100 * float(jnp.finfo(var.dtype).eps) * mean**2
-            values[f"{module}/average"] = np.where((var < 0) & (var >= -rounding), 0, var).astype(var.dtype)
-    return values
-
-
-def _to_flax(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    if leaf.role == "steps":
-        return np.broadcast_to(value, leaf.shape)
-    if leaf.role != "kernel" or value.ndim < 3:
-        return value
-    return kernels.chosen(leaf, _plain(value, leaf, kernels), _turned(value, leaf, kernels), leaf.shape)
-
-
-def _plain(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    """A kernel whose axes are in the same order in both: a transposed one is then of `transpose_kernel`."""
-    return _flipped(value) if kernels.is_named_transposed(leaf.module) else value
-
-
-def _turned(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    """A kernel, read as that of a transposed convolution: Haiku stores [..., out, in] and does not mirror it."""
-    return _flipped(value) if kernels.stores_transposed(leaf.module) else value.swapaxes(-1, -2)
-
-
-def _flipped(value: Array) -> Array:
-    return np.flip(value, tuple(range(value.ndim - 2)))
-
-
-def _to_haiku(value: Array, leaf: Leaf, like: Any, kernels: Kernels) -> Array:
-    if leaf.role == "steps":
-        return np.asarray(value.max(initial=0), like.dtype)
-    if leaf.role == "kernel" and value.ndim > 2:
-        value = kernels.chosen(leaf, _plain(value, leaf, kernels), _turned(value, leaf, kernels), tuple(like.shape))
-    value = reshaped(value, like.shape)
-    if value.shape != like.shape:
-        raise ValueError(f"{leaf.module}/{leaf.role} has shape {leaf.shape}; {leaf.key} has {like.shape} in Haiku.")
-    return value.astype(like.dtype)
-
-
-def _ema(
-    module: str, held: Mapping[str, Any], values: Mapping[str, Array], decay_rate: float | None
-) -> dict[str, Array]:
-    """One module of Haiku's state; that of an average is made of the average and its steps."""
-    if not module.endswith(_AVERAGES):
-        return {name: values[f"{module}/{name}"] for name in held}
-    norm, _, _ = module.rpartition("/")
-    average, steps = values[f"{module}/average"], values.get(f"{norm}/mean_ema/counter")
-    if steps is None:
-        return {"average": average, "hidden": average, "counter": np.asarray(_DEBIASED, held["counter"].dtype)}
-    _check_decay(decay_rate)
-    share = 1 - float(np.asarray(decay_rate, average.dtype)) ** int(steps)  # 1 − dᵗ for the d that Haiku computes with
-    return {"average": average, "hidden": (share * average).astype(average.dtype), "counter": steps}

@@ -50,7 +50,7 @@ def from_keras(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> Any:
-    r"""Variables with the values of a Keras model.
+    r"""Returns variables with the values of a Keras model.
 
     .. math:: \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var} =
               \mathtt{gamma}, \mathtt{beta}, \mathtt{moving\_mean}, \mathtt{moving\_variance}
@@ -127,7 +127,7 @@ def to_keras(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> dict[str, Array]:
-    r"""The values of variables by the names of Keras: the inverse of :func:`from_keras`.
+    r"""Returns the values of variables by the names of Keras: the inverse of :func:`from_keras`.
 
     .. math:: \mathtt{gamma}, \mathtt{beta}, \mathtt{moving\_mean}, \mathtt{moving\_variance} =
               \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var}
@@ -166,7 +166,7 @@ def to_keras(
 
 
 def fields_from_keras(momentum: float = 0.99, epsilon: float = 1e-3) -> dict[str, Any]:
-    r"""The fields of `bnjax.BatchNorm` for the arguments of `keras.layers.BatchNormalization`.
+    r"""Returns the fields of `bnjax.BatchNorm` for the arguments of `keras.layers.BatchNormalization`.
 
     .. math:: \mathrm{momentum} = \mathrm{momentum}_\text{Keras}, \quad \epsilon = \epsilon_\text{Keras}
 

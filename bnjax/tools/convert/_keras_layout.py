@@ -10,7 +10,7 @@ from bnjax.tools.convert._options import check_mapping, check_modules
 
 
 def multipliers_of(given: Mapping[str, int] | None, leaves: Sequence[Leaf]) -> dict[str, int]:
-    """The argument `depthwise`, once it names depthwise kernels and divides their channels; 1 in separable ones."""
+    """Returns the argument `depthwise`, once it names depthwise kernels and divides their channels; 1 if separable."""
     given = check_mapping("depthwise", given, '{"conv": 1}')
     kernels = {leaf.module: leaf for leaf in leaves if leaf.role == "kernel" and len(leaf.shape) > 2}
     channels = {module: leaf.shape[-1] for module, leaf in kernels.items() if leaf.shape[-2] == 1}
@@ -25,7 +25,7 @@ def multipliers_of(given: Mapping[str, int] | None, leaves: Sequence[Leaf]) -> d
 
 
 def to_flax_axes(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    """A value of Keras in Flax's order of axes."""
+    """Returns a value of Keras in Flax's order of axes."""
     if leaf.role == "steps":
         return np.broadcast_to(value, leaf.shape)
     if leaf.role != "kernel" or value.ndim < 3:
@@ -36,7 +36,7 @@ def to_flax_axes(value: Array, leaf: Leaf, kernels: Kernels) -> Array:
 
 
 def to_keras_axes(value: Array, leaf: Leaf, kernels: Kernels, multipliers: Mapping[str, int]) -> Array:
-    """A value of Flax in Keras' order of axes: the inverse of `to_flax_axes`."""
+    """Returns a value of Flax in Keras' order of axes: the inverse of `to_flax_axes`."""
     if leaf.role != "kernel" or value.ndim < 3:
         return value
     if leaf.module in multipliers:
@@ -47,7 +47,7 @@ def to_keras_axes(value: Array, leaf: Leaf, kernels: Kernels, multipliers: Mappi
 
 
 def _mirrored(kernel: Array, leaf: Leaf, kernels: Kernels) -> Array:
-    """[..., out, in], as the derivative of a convolution, to [..., in, out], as a convolution; and back."""
+    """Turns [..., out, in], as the derivative of a convolution, to [..., in, out], as a convolution; and back."""
     if kernels.stores_transposed(leaf.module):
         return kernel
     return np.flip(kernel.swapaxes(-1, -2), tuple(range(kernel.ndim - 2)))

@@ -17,7 +17,7 @@ _ORDER = ("scale", "bias", "mean", "var", "steps")  # in which Keras numbers the
 
 
 def weights_of(state: Any) -> dict[str, Any]:
-    """The weights by path: of a model, or of a mapping, without the `:0` of older versions and the states of seeds."""
+    """Returns the weights by path: of a model, or of a mapping, without the `:0` of older versions and seeds."""
     if isinstance(state, Mapping):
         named = [(str(key).removesuffix(":0"), value) for key, value in state.items()]
     elif hasattr(state, "weights"):
@@ -33,7 +33,7 @@ def weights_of(state: Any) -> dict[str, Any]:
 
 
 def transposed_of(state: Any) -> dict[str, bool]:
-    """The convolutions of a Keras model by name, and whether each is transposed; of anything else nothing."""
+    """Returns the convolutions of a Keras model by name, and whether each is transposed; of anything else nothing."""
     known = {}
     for layer in [] if isinstance(state, Mapping) else getattr(state, "_flatten_layers", list)():
         classes = {c.__name__ for c in type(layer).__mro__}
@@ -43,14 +43,14 @@ def transposed_of(state: Any) -> dict[str, bool]:
 
 
 def array_of(name: str, value: Any) -> Array:
-    """A Keras variable, of any backend, as an array."""
+    """Returns a Keras variable, of any backend, as an array."""
     value = getattr(value, "value", value)
     value = value() if callable(value) else value  # a method in TensorFlow
     return torch_array_of(name, value) if hasattr(value, "detach") else np.asarray(value)
 
 
 def keyed(leaves: Sequence[Leaf], state: Mapping[str, Any]) -> list[Leaf]:
-    """The leaves by the names that `state` has for them.
+    """Returns the leaves by the names that `state` has for them.
 
     A kernel is called `depthwise_kernel` in layers of older versions, and a separable convolution, two modules in Flax,
     has a `pointwise_kernel` too. The files of Keras 3 number the variables of a layer: `conv/vars/0`.
@@ -62,7 +62,7 @@ def keyed(leaves: Sequence[Leaf], state: Mapping[str, Any]) -> list[Leaf]:
 
 
 def separable(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """The leaves, the kernels of two modules of one name called as those of a separable convolution."""
+    """Returns the leaves, the kernels of two modules of one name called as those of a separable convolution."""
     kernels: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         if leaf.role == "kernel":
@@ -81,7 +81,7 @@ def _are_separable(depthwise: Leaf, pointwise: Leaf) -> bool:
 
 
 def convolutions_of(leaves: Sequence[Leaf]) -> dict[str, bool]:
-    """The modules that must be convolutions, none of them transposed: those of depthwise and separable layers."""
+    """Returns the modules that must be convolutions, none of them transposed: depthwise and separable ones."""
     kernels = [leaf for leaf in leaves if leaf.role == "kernel"]
     layers = Counter(_layer_of(leaf) for leaf in kernels)
     return {k.module: False for k in kernels if k.key.endswith(SEPARABLE) or layers[_layer_of(k)] == 2}
@@ -92,7 +92,7 @@ def _layer_of(leaf: Leaf) -> str:
 
 
 def without_renorm(state: Mapping[str, Any], leaves: Sequence[Leaf]) -> dict[str, Any]:
-    """The state without the averages of batch renormalization that Flax's layers do not keep."""
+    """Returns the state without the averages of batch renormalization that Flax's layers do not keep."""
     norms = {leaf.key.rpartition("/")[0] for leaf in leaves if leaf.normalises}
     spare = {f"{name}/{word}" for name in norms for word in _RENORM}
     for name in norms:  # numbered: three more than there are leaves
@@ -129,5 +129,5 @@ def _numbered(name: str, held: list[Leaf]) -> list[Leaf]:
 
 
 def _depthwise_first(kernels: list[Leaf]) -> list[Leaf]:
-    """Kernels of one separable convolution: the pointwise one has no extent."""
+    """Sorts the kernels of one separable convolution: the pointwise one has no extent."""
     return sorted(kernels, key=lambda leaf: math.prod(leaf.shape[:-2]) == 1)

@@ -23,7 +23,7 @@ class Kernels(NamedTuple):
     elsewhere: Mapping[str, bool] = {}
 
     def is_transposed(self, module: str) -> bool | None:
-        """Whether a module is a transposed convolution; None where nobody knows."""
+        """Returns whether a module is a transposed convolution; None where nobody knows."""
         layer = self.layers.get(module)
         if layer is not None and layer.rank is not None:
             if self.elsewhere.get(module, layer.transposed) != layer.transposed:
@@ -34,15 +34,15 @@ class Kernels(NamedTuple):
         return self.elsewhere.get(module, False if _NAMED_CONV.fullmatch(module) else None)
 
     def is_named_transposed(self, module: str) -> bool:
-        """Whether a module of which nothing else is known has the name of a transposed convolution."""
+        """Returns whether a module of which nothing else is known has the name of a transposed convolution."""
         return self.is_transposed(module) is None and _NAMED_TRANSPOSED.fullmatch(module) is not None
 
     def stores_transposed(self, module: str) -> bool:
-        """Whether Flax keeps a transposed convolution's kernel as the other libraries do (`transpose_kernel=True`)."""
+        """Returns whether Flax keeps a transposed convolution's kernel as others do (`transpose_kernel`)."""
         return module in self.layers and self.layers[module].transpose_kernel
 
     def chosen(self, leaf: Leaf, plain: Array, mirrored: Array, shape: tuple[int, ...]) -> Array:
-        """The one of two readings of a kernel that is right; raises ValueError where that cannot be known.
+        """Returns the one of two readings of a kernel that is right; raises ValueError where that cannot be known.
 
         Args:
           leaf: the kernel.
@@ -71,7 +71,7 @@ def kernels_of(
     transposed: Sequence[str] | None,
     elsewhere: Mapping[str, bool] | None = None,
 ) -> Kernels:
-    """What is known of the convolutions, once `transposed` names nothing else and no kernel is stacked."""
+    """Returns what is known of the convolutions, once `transposed` names nothing else and no kernel is stacked."""
     kernels = {leaf.module: leaf for leaf in leaves if leaf.role == "kernel"}
     for module, leaf in kernels.items():
         rank = layers.get(module, Layer()).rank

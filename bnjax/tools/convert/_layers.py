@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(variables: Any, apply_fn: Callable[..., Any] | None, x: Any) -> dict[str, Layer]:
-    """The modules by path: those of an nnx module as they are defined, those of linen as they run.
+    """Returns the modules by path: those of an nnx module as they are defined, those of linen as they run.
 
     Empty for linen variables without `apply_fn`, and for the state of an nnx module: neither says anything of modules.
     """
@@ -47,7 +47,7 @@ def _layer(module: Any) -> Layer:
 
 
 def _defined(module: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The modules of an nnx module, each once, in the order of the attributes that hold them."""
+    """Returns the modules of an nnx module, each once, in the order of the attributes that hold them."""
     if isinstance(module, nnx.Module) and id(module) not in seen:
         seen.add(id(module))
         yield path, module

@@ -21,7 +21,7 @@ def check_modules(option: str, given: Iterable[str], modules: Sequence[str], wha
 
 
 def check_mapping(option: str, given: Any, example: str) -> Mapping[str, Any]:
-    """The mapping, empty for None; raises ValueError for anything else."""
+    """Returns the mapping, empty for None; raises ValueError for anything else."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -30,12 +30,12 @@ def check_mapping(option: str, given: Any, example: str) -> Mapping[str, Any]:
 
 
 def shortened(names: Iterable[Any], most: int = 8) -> str:
-    """A list of names as text: the first few, and how many follow."""
+    """Returns a list of names as text: the first few, and how many follow."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{names[:most]}{more}"
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key by which 10 comes after 9."""
+    """Returns a key by which 10 comes after 9."""
     return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]

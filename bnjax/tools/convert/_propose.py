@@ -29,7 +29,7 @@ class Proposal(NamedTuple):
 
 
 def propose(state: Mapping[str, Any], leaves: Sequence[Leaf], dialect: Dialect, order: Iterable[str]) -> Proposal:
-    """Pairs modules whose variables have the same shapes: first those whose names agree, then by order.
+    """Matches modules whose variables have the same shapes: first those whose names agree, then by order.
 
     Modules that follow upon alike ones go first: branches may be defined in another order than they run.
 
@@ -57,7 +57,7 @@ def propose(state: Mapping[str, Any], leaves: Sequence[Leaf], dialect: Dialect, 
 
 
 def advice(found: Proposal, dialect: Dialect) -> str:
-    """What an error on names that do not correspond adds to them."""
+    """Returns what an error on names that do not correspond adds to them."""
     if not found.names:
         return "Say in names={...} what the modules are called in it."
     if found.ours or found.theirs:
@@ -90,7 +90,7 @@ def _modules_here(leaves: Sequence[Leaf], dialect: Dialect, rank: Mapping[str, i
 
 
 def _modules_there(state: Mapping[str, Any], dialect: Dialect) -> list[Module]:
-    """The modules of a state in its order; files in alphabetical order have 10 before 9."""
+    """Returns the modules of a state in its order; files in alphabetical order have 10 before 9."""
     words = sorted({*dialect.norm.values(), *dialect.weight.values()}, key=len, reverse=True)
     counter = dialect.norm.get("steps")
     modules: dict[str, dict[str, Shape]] = {}
@@ -104,7 +104,7 @@ def _modules_there(state: Mapping[str, Any], dialect: Dialect) -> list[Module]:
 
 
 def _parts(shapes: dict[str, Shape]) -> list[dict[str, Shape]]:
-    """The variables of a module, those of a separable convolution in two parts: it is two modules in Flax."""
+    """Returns the variables of a module, those of a separable convolution in two parts: it is two modules in Flax."""
     if not shapes.keys() >= {"depthwise_kernel", "pointwise_kernel"}:
         return [{"kernel" if word == "depthwise_kernel" else word: shape for word, shape in shapes.items()}]
     rest = {word: shape for word, shape in shapes.items() if word not in ("depthwise_kernel", "pointwise_kernel")}
@@ -114,7 +114,7 @@ def _parts(shapes: dict[str, Shape]) -> list[dict[str, Shape]]:
 def _groups(
     ours: Sequence[Module], theirs: Sequence[Module], signature: Callable[[Module], Hashable]
 ) -> Iterator[tuple[list[Module], list[Module]]]:
-    """The modules of one signature, here and there."""
+    """Returns the modules of one signature, here and there."""
     for key in dict.fromkeys(map(signature, ours)):
         yield [m for m in ours if signature(m) == key], [m for m in theirs if signature(m) == key]
 
@@ -122,7 +122,7 @@ def _groups(
 def _pairs(
     here: list[Module], there: list[Module], default: Mapping[str, str], separator: str, *, by_order: bool
 ) -> Iterator[tuple[Module, Module]]:
-    """Pairs of modules that look the same: by names, where one ends as the other; what is left, by order."""
+    """Returns pairs of modules that look the same: by names, where one ends as the other; what is left, by order."""
 
     def agree(a: Module, b: Module) -> bool:
         one, other = f"{separator}{default[a.name]}", f"{separator}{b.name}"
@@ -139,14 +139,14 @@ def _pairs(
 
 
 def _is_in_sequence(state: Mapping[str, Any], theirs: Sequence[Module]) -> bool:
-    """Whether a state is in the order of its modules: not sorted by name, and all of a module in one place."""
+    """Returns whether a state is in the order of its modules: not sorted by name, and all of a module in one place."""
     names = sorted({module.name for module in theirs}, key=len, reverse=True)
     owners = [next((name for name in names if key.startswith(name)), "") for key in state]
     return list(state) != sorted(state) and len(list(groupby(owners))) == len(set(owners))
 
 
 def _following(modules: Sequence[Module]) -> list[Module]:
-    """The modules, each with what is before it."""
+    """Returns the modules, each with what is before it."""
     before = [(), *map(_axes, modules)]
     return [module._replace(before=b) for module, b in zip(modules, before[:-1], strict=True)]
 
@@ -176,5 +176,5 @@ def _sizes(module: Module) -> Hashable:
 
 
 def _are_numbered(names: Iterable[str]) -> bool:
-    """Whether names differ by their numbers alone, which then say their order."""
+    """Returns whether names differ by their numbers alone, which then say their order."""
     return len({re.sub(r"_?\d+", "", name) for name in names}) <= 1

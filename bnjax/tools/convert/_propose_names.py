@@ -18,7 +18,7 @@ _LIBRARIES = {"torch": TORCH, "keras": KERAS, "haiku": HAIKU}
 def propose_names(
     state: Any, variables: Any, *, library: str, apply_fn: Callable[..., Any] | None = None, x: Any = None
 ) -> dict[str, str]:
-    r"""The argument `names` of :func:`from_torch`, :func:`from_keras` and :func:`from_haiku`, proposed.
+    r"""Returns the argument `names` of :func:`from_torch`, :func:`from_keras` and :func:`from_haiku`, proposed.
 
     Two modules are a pair where their variables have the same shapes, in any order of axes, and
 
@@ -42,7 +42,7 @@ def propose_names(
       Names in `state` by the paths of modules.
 
     Raises:
-      ValueError: another library, or a state that is none.
+      ValueError: another library, or something that is no state.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np

@@ -51,7 +51,7 @@ def from_torch(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> Any:
-    r"""Variables with the values of a PyTorch `state_dict`.
+    r"""Returns variables with the values of a PyTorch `state_dict`.
 
     .. math:: K_{h,w,i,o} = W_{o,i,h,w}, \qquad \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var} =
               \mathtt{weight}, \mathtt{bias}, \mathtt{running\_mean}, \mathtt{running\_var}
@@ -144,7 +144,7 @@ def to_torch(
     apply_fn: Callable[..., Any] | None = None,
     x: Any = None,
 ) -> dict[str, Array]:
-    r"""A PyTorch `state_dict` with the values of variables: the inverse of :func:`from_torch`.
+    r"""Returns a PyTorch `state_dict` with the values of variables: the inverse of :func:`from_torch`.
 
     .. math:: W_{o,i,h,w} = K_{h,w,i,o}
 
@@ -186,7 +186,7 @@ def to_torch(
 
 
 def fields_from_torch(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str, Any]:
-    r"""The fields of `bnjax.BatchNorm` for the arguments of `torch.nn.BatchNorm2d`.
+    r"""Returns the fields of `bnjax.BatchNorm` for the arguments of `torch.nn.BatchNorm2d`.
 
     .. math:: \mathrm{momentum} = 1 - \mathrm{momentum}_\text{torch}
 

@@ -13,7 +13,7 @@ Flattened = Mapping[str, tuple[int, ...]]  # dense layer -> (C, H, W) before fla
 
 
 def flattened_of(given: Mapping[str, Sequence[int]] | None, leaves: Sequence[Leaf]) -> Flattened:
-    """The argument `flattened`, once it names dense layers and shapes of as many elements as they read."""
+    """Returns the argument `flattened`, once it names dense layers and shapes of as many elements as they read."""
     given = check_mapping("flattened", given, '{"fc": (C, H, W)}')
     dense = {leaf.module: leaf.shape[0] for leaf in leaves if leaf.role == "kernel" and len(leaf.shape) == 2}
     check_modules("flattened", given, list(dense), "kernels of dense layers")
@@ -27,7 +27,7 @@ def flattened_of(given: Mapping[str, Sequence[int]] | None, leaves: Sequence[Lea
 
 
 def to_flax_axes(value: Array, leaf: Leaf, flattened: Flattened, kernels: Kernels) -> Array:
-    """A value of PyTorch in Flax's order of axes."""
+    """Returns a value of PyTorch in Flax's order of axes."""
     if leaf.role == "steps":
         return np.broadcast_to(value, leaf.shape)
     if leaf.role != "kernel" or value.ndim < 2:
@@ -42,7 +42,7 @@ def to_flax_axes(value: Array, leaf: Leaf, flattened: Flattened, kernels: Kernel
 
 
 def to_torch_axes(value: Array, leaf: Leaf, flattened: Flattened, kernels: Kernels) -> Array:
-    """A value of Flax in PyTorch's order of axes: the inverse of `to_flax_axes`."""
+    """Returns a value of Flax in PyTorch's order of axes: the inverse of `to_flax_axes`."""
     if leaf.role == "steps":
         return np.asarray(value.max(initial=0), np.int64)
     if leaf.role != "kernel" or value.ndim < 2:
@@ -56,7 +56,7 @@ def to_torch_axes(value: Array, leaf: Leaf, flattened: Flattened, kernels: Kerne
 
 
 def _channels_last(value: Array, chw: Sequence[int]) -> Array:
-    """The rows of a kernel in the order in which Flax flattens the positions."""
+    """Returns the rows of a kernel in the order in which Flax flattens the positions."""
     if len(value) != math.prod(chw):
         return value  # of another shape than the variables have, which the caller reports
     return np.moveaxis(value.reshape(*chw, -1), 0, -2).reshape(value.shape)

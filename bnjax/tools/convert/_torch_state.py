@@ -11,7 +11,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParalle
 
 
 def tensors_of(state: Any) -> dict[str, Any]:
-    """The tensors by name: of a module, a state dict, or a checkpoint that holds one such beside other things."""
+    """Returns the tensors by name: of a module, a state dict, or a checkpoint that holds one beside other things."""
     if _is_module(state):
         return dict(state.state_dict())
     if not isinstance(state, Mapping):
@@ -29,7 +29,7 @@ def tensors_of(state: Any) -> dict[str, Any]:
 
 
 def transposed_of(state: Any) -> dict[str, bool]:
-    """The convolutions of a torch module by name, and whether each is transposed; of anything else nothing."""
+    """Returns the convolutions of a torch module by name, and whether each is transposed; of anything else nothing."""
     if isinstance(state, Mapping):
         modules = [value for value in state.values() if _is_module(value)]
         return transposed_of(modules[0]) if len(modules) == 1 else {}
@@ -40,7 +40,7 @@ def transposed_of(state: Any) -> dict[str, bool]:
 
 
 def wrapper_of(keys: Iterable[str], ours: Iterable[str]) -> str:
-    """The prefix that wrappers of PyTorch put before all names, where the variables' own names have none."""
+    """Returns the prefix that wrappers of PyTorch put before all names, where the variables' own names have none."""
     keys, ours, prefix = list(keys), list(ours), ""
     while keys and (found := next((w for w in _WRAPPERS if all(key.startswith(prefix + w) for key in keys)), "")):
         if any(key.startswith(prefix + found) for key in ours):
@@ -50,7 +50,7 @@ def wrapper_of(keys: Iterable[str], ours: Iterable[str]) -> str:
 
 
 def array_of(name: str, value: Any) -> Array:
-    """A tensor, on any device and with or without a gradient, as an array; dtypes that NumPy lacks as float32."""
+    """Returns a tensor, on any device and with or without a gradient, as an array; dtypes NumPy lacks as float32."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     if value.is_meta:
@@ -67,7 +67,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a value is a state dict: arrays by name, at least one."""
+    """Returns whether a value is a state dict: arrays by name, at least one."""
     if not isinstance(value, Mapping) or not value:
         return False
     return all(hasattr(v, "shape") and hasattr(v, "dtype") for v in value.values())

@@ -16,7 +16,7 @@ _FILTERS = {1, 2, 3}  # deflate, shuffle and a checksum: part of HDF5 itself, wh
 
 
 def datasets_of(name: str, source: Path | IO[bytes], size: int) -> Iterator[tuple[str, Array, dict[str, str]]]:
-    """The arrays by path, with the names that groups above them were given: `{path of a group: its name}`.
+    """Returns the arrays by path, with the names that groups above them were given: `{path of a group: its name}`.
 
     Args:
       name: of the file, for errors.
@@ -32,7 +32,7 @@ def datasets_of(name: str, source: Path | IO[bytes], size: int) -> Iterator[tupl
 
 
 def _walk(h5py: Any, name: str, file: Any, size: int) -> Iterator[tuple[str, Array, dict[str, str]]]:
-    """Every dataset, by a stack and not by recursion, as a file may nest groups as deep as it likes."""
+    """Yields every dataset, by a stack and not by recursion, as a file may nest groups as deep as it likes."""
     named: dict[str, str] = {}
     seen, stack = {_address(h5py, file)}, [("", file)]
     while stack:
@@ -60,7 +60,7 @@ def _address(h5py: Any, group: Any) -> int:
 
 
 def _array(dataset: Any, size: int) -> Array:
-    """The values of a dataset, once they must be in the file itself."""
+    """Returns the values of a dataset, once they must be in the file itself."""
     dtype, is_bfloat16 = dataset.dtype, dataset.attrs.get("dtype") == "bfloat16"
     if dtype.kind not in "fiubc" and not (is_bfloat16 and dtype.itemsize == 2):
         raise ValueError(f"it holds {dtype}, no numbers")

@@ -21,12 +21,12 @@ _RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
 
 def read_h5(file: Path) -> dict[str, Array]:
-    """The arrays of an HDF5 file by path; those of Keras' files by the names of layers and weights."""
+    """Returns the arrays of an HDF5 file by path; those of Keras' files by the names of layers and weights."""
     return _named(file.name, list(datasets_of(file.name, file, file.stat().st_size)), {})
 
 
 def read_keras(file: Path) -> dict[str, Array]:
-    """The weights in a `.keras` file by the names of layers and weights; its description is data, and runs nothing."""
+    """Returns the weights in a `.keras` file by the names of layers and weights; its description is data alone."""
     where = f"{file.name}: model.weights.h5"
     with naming(file.name), zipfile.ZipFile(file) as archive:
         names = names_of(file, archive)
@@ -54,7 +54,7 @@ def _named(
 
 
 def _name(path: str, groups: Mapping[str, str], layers: Layers) -> str:
-    """The layer and the weight that a dataset holds."""
+    """Returns the layer and the weight that a dataset holds."""
     if match := re.fullmatch(r"(?:(.*)/)?vars/(\d+)", path):  # Keras 3 numbers them
         within, number = match[1] or "", int(match[2])
         parts = within.split("/")
@@ -69,7 +69,7 @@ def _name(path: str, groups: Mapping[str, str], layers: Layers) -> str:
 
 
 def _layers(described: Any) -> Iterator[tuple[str, tuple[str, Mapping[str, Any]]]]:
-    """The class and the configuration of each layer in the description of a model, by its name."""
+    """Returns the class and the configuration of each layer in the description of a model, by its name."""
     stack = [described]
     while stack:
         node = stack.pop()
@@ -83,7 +83,7 @@ def _layers(described: Any) -> Iterator[tuple[str, tuple[str, Mapping[str, Any]]
 
 
 def _words(kind: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The weights of a layer in the order in which Keras numbers them; () for a class that is not known here."""
+    """Returns the weights of a layer in the order in which Keras numbers them; () for an unknown class."""
     affine = tuple(word for flag, word in (("scale", "gamma"), ("center", "beta")) if config.get(flag, True))
     if kind == "BatchNormalization":
         return (*affine, "moving_mean", "moving_variance", *(_RENORM if config.get("renorm") else ()))

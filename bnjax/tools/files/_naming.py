@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Within it every error becomes a ValueError that names the place, but for those of a file that is not there."""
+    """Turns every error into a ValueError that names the place, but for those of a file that is not there."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError, ImportError):

@@ -16,13 +16,13 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 def read_npz(file: Path) -> dict[str, Array]:
-    """The arrays by name."""
+    """Returns the arrays by name."""
     with naming(file.name), zipfile.ZipFile(file) as archive:
         return {name.removesuffix(".npy"): _member(file, archive, name) for name in names_of(file, archive)}
 
 
 def names_of(file: Path, archive: zipfile.ZipFile) -> list[str]:
-    """The members; raises ValueError where two have one name."""
+    """Returns the members; raises ValueError where two have one name."""
     names = [member.filename for member in archive.infolist()]
     if len(set(names)) < len(names):
         raise ValueError(f"{file.name} has two members {max(names, key=names.count)!r}.")
@@ -30,7 +30,7 @@ def names_of(file: Path, archive: zipfile.ZipFile) -> list[str]:
 
 
 def bytes_of(file: Path, archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member, once its sizes are possible; what it holds is as long as it says, and fits its checksum."""
+    """Returns a member, once its sizes are possible; what it holds is as long as it says, and fits its checksum."""
     member, size = archive.getinfo(name), file.stat().st_size
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("it is encrypted, or compressed in an uncommon way")

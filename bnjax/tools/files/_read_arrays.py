@@ -12,7 +12,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".joblib"
 
 
 def read_arrays(file: str | Path) -> dict[str, Array]:
-    r"""The arrays of a `.safetensors`, `.npz`, `.h5` or `.keras` file, by name.
+    r"""Returns the arrays of a `.safetensors`, `.npz`, `.h5` or `.keras` file, by name.
 
     Nothing in a file is executed: no pickles, no code of layers. Every array is checked against what the file says of
     it, :math:`\text{bytes} = \prod_i \mathrm{shape}_i \cdot \text{bytes of one element}`, and against the size of the

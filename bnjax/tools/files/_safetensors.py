@@ -31,7 +31,7 @@ _DTYPES: Mapping[str, Any] = {
 
 
 def read_safetensors(file: Path) -> dict[str, Array]:
-    """The arrays by name; the library refuses a header that does not describe the file byte for byte."""
+    """Returns the arrays by name; the library refuses a header that does not describe the file byte for byte."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -69,7 +69,7 @@ def _distinct(file: Path) -> Any:
 
 
 def _suspect(file: Path) -> str:
-    """What a refused header says of its first member that cannot be right, for the error alone."""
+    """Returns what a refused header says of its first member that cannot be right, for the error alone."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         text = opened.read(min(size, 10_000_000))
@@ -89,7 +89,7 @@ def _suspect(file: Path) -> str:
 
 
 def _offsets(entry: Any) -> tuple[int, int]:
-    """Where a member begins and ends; impossible places where that is not said."""
+    """Returns where a member begins and ends; impossible places where that is not said."""
     given = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int for n in given):
         return -1, -1
@@ -97,7 +97,7 @@ def _offsets(entry: Any) -> tuple[int, int]:
 
 
 def _bytes_of(entry: Mapping[str, Any]) -> int:
-    """The size of a member by its shape and dtype; −1 where these are not said."""
+    """Returns the size of a member by its shape and dtype; −1 where these are not said."""
     dtype, shape = str(entry.get("dtype")), entry.get("shape")
     if dtype not in _DTYPES or not isinstance(shape, list) or not all(type(n) is int for n in shape):
         return -1

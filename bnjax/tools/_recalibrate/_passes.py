@@ -1,7 +1,6 @@
 """Passes of one compiled program over the batches; what the layers met is merged on the host in float64."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +10,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from bnjax.tools import _trees
-from bnjax.tools._layers import run_module
-from bnjax.tools._moments import Gathered, gather, gathered, layers_in, widened
-from bnjax.tools._progress import Progress, shown
+from bnjax.tools._recalibrate._moments import Gathered, gathered, layers_in
+from bnjax.tools._recalibrate._programs import compiled, refuse_missing
+from bnjax.tools._recalibrate._progress import Progress, shown
 from bnjax.tools._trees import Path, show
 
 Array = np.ndarray[Any, Any]
@@ -38,12 +37,12 @@ class Passes:
             self._graph, variables = nnx.split(variables)
         self.tree = _trees.flatten_with_layers(variables)
         self.chosen = _trees.select(self.tree.layers, layers)
-        self._program = _compiled(apply_fn, self._graph)
+        self._program = compiled(apply_fn, self._graph)
 
     def run(
         self, batches: Iterable[Any], weights: Mapping[Path, float], label: str, *, others_train: bool = False
     ) -> dict[Path, Total]:
-        """Returns the moments that the chosen layers meet, over all batches.
+        """Returns the moments that the chosen layers meet, over all batches; the layers in the order in which they run.
 
         Args:
           batches: what the model takes.
@@ -52,30 +51,31 @@ class Passes:
           others_train: whether the layers that were not chosen normalise by the batch.
         """
         totals: dict[Path, Total] = {}
-        ahead = None
+        ahead, order = None, self.chosen
         for batch in shown(batches, self._progress, label):
             # The batch was loaded while the device worked on the one before it. That one must have ended: all-reduces
             # of two programs at once would wait for each other where there are several processes.
             found = jax.block_until_ready(ahead)
+            order = list(self._ran(batch, others_train)) if ahead is None else order
             ahead = self.step(weights, batch, others_train=others_train)
             if found is not None:
                 totals = _added(totals, found)
         if ahead is None:
             raise ValueError(_EMPTY)
-        return _added(totals, ahead)
+        totals = _added(totals, ahead)
+        return {layer: totals[layer] for layer in order}
 
     def order(self, batches: Iterable[Any]) -> list[Path]:
         """Returns the chosen layers in the order in which they run, without those whose statistics are constants."""
         for batch in batches:
-            ran = layers_in(self._program.trace(*self._variables({}), batch, others_train=False).jaxpr.jaxpr)
+            ran = self._ran(batch, others_train=False)
             break
         else:
             raise ValueError(_EMPTY)
-        place = {layer: _place(layer, list(ran)) for layer in self.chosen}
-        _refuse_missing([layer for layer in self.chosen if place[layer] < 0])
-        changing = [layer for layer in self.chosen if not list(ran.values())[place[layer]]]
+        refuse_missing([layer for layer, constant in ran.items() if constant is None])
+        changing = [layer for layer, constant in ran.items() if not constant]
         _refuse_if_empty(changing, self.chosen)
-        return sorted(changing, key=lambda layer: place[layer])
+        return changing
 
     def update(self, totals: Mapping[Path, Total]) -> None:
         """Puts the moments in the place of the running averages, except where these are constants.
@@ -110,6 +110,18 @@ class Passes:
         """Returns the variables, or a new module, as they are after the updates."""
         return self._built(self.tree.build(self.tree.leaves))
 
+    def _ran(self, batch: Any, others_train: bool) -> dict[Path, bool | None]:
+        """Returns the chosen layers in the order in which they run, those that do not run last.
+
+        The values say whether the statistics of a layer are constants; None where it does not run.
+        """
+        marks = layers_in(self._program.trace(*self._variables({}), batch, others_train=others_train).jaxpr.jaxpr)
+        names = {layer: _name_among(layer, marks) for layer in self.chosen}
+        place = {name: i for i, name in enumerate((*marks, None))}
+        return {
+            layer: marks.get(names[layer] or "") for layer in sorted(self.chosen, key=lambda layer: place[names[layer]])
+        }
+
     def _built(self, tree: Any) -> Any:
         return tree if self._graph is None else nnx.merge(self._graph, tree)
 
@@ -121,15 +133,6 @@ class Passes:
 _EMPTY = "batches is empty: there is nothing to take statistics of."
 
 
-def _refuse_missing(layers: Sequence[Path]) -> None:
-    if layers:
-        raise ValueError(
-            f"apply_fn ran no batch normalization with the statistics of {[show(layer) for layer in layers]}, or did "
-            "not return what it left there. Name the layers that run in layers=[...], and return all updates of "
-            "batch_stats; a layer that nnx.bridge.ToLinen wraps cannot be seen."
-        )
-
-
 def _refuse_if_empty(changing: Any, layers: Iterable[Path]) -> None:
     if not changing:
         raise ValueError(
@@ -138,16 +141,16 @@ def _refuse_if_empty(changing: Any, layers: Iterable[Path]) -> None:
         )
 
 
-def _place(layer: Path, ran: Sequence[str]) -> int:
-    """Returns where a layer stands among the names of those that ran, -1 if nowhere; a model may run below a prefix."""
+def _name_among(layer: Path, ran: Mapping[str, bool]) -> str | None:
+    """Returns the name by which a layer ran, None if it did not; a model may run below a prefix."""
     names = ["/".join(layer[i:]) or show(()) for i in range(len(layer) + 1)]
-    return next((ran.index(name) for name in names if name in ran), -1)
+    return next((name for name in names if name in ran), None)
 
 
 def _added(totals: dict[Path, Total], found: Mapping[Path, Mapping[str, jax.Array]]) -> dict[Path, Total]:
     """Returns the totals with what one batch added."""
     met = {layer: gathered({k: _on_host(v) for k, v in s.items()}, is_complex=True) for layer, s in found.items()}
-    _refuse_missing([layer for layer, g in met.items() if not g.calls.any()])
+    refuse_missing([layer for layer, g in met.items() if not g.calls.any()])
     new = {layer: _total(g) for layer, g in met.items()}
     return {layer: _merged(totals[layer], total) for layer, total in new.items()} if totals else new
 
@@ -186,64 +189,3 @@ def _in_place_of(old: Any, new: jax.Array) -> jax.Array:
     """Returns `new` where the statistic was, in at least its precision."""
     new = new.astype(jnp.promote_types(jnp.result_type(old), new.dtype))
     return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
-
-
-def _compiled(apply_fn: Callable[..., Any], graph: Any) -> Any:
-    """Returns the program: the same one for the same function, so that it is compiled once for all calls."""
-    try:
-        return _program(_Function(apply_fn), graph)
-    except TypeError:  # a model that cannot be hashed
-        return _program.__wrapped__(_Function(apply_fn), graph)
-
-
-@lru_cache(maxsize=8)
-def _program(function: "_Function", graph: Any) -> Any:
-    run = function.call if graph is None else partial(run_module, function.call, graph)
-
-    def step(state: Any, weights: dict[Path, jax.Array], batch: Any, *, others_train: bool) -> Any:
-        tree = gather(run, widened(_trees.flatten(state), weights), batch, others_train=others_train)
-        _refuse_missing([layer for layer in weights if layer not in tree.layers])
-        return {layer: tree.stats(layer) for layer in weights}
-
-    return jax.jit(step, static_argnames="others_train")
-
-
-class _Function:
-    """`apply_fn`, equal to another one that calls the same function with the same arguments (`functools.partial`)."""
-
-    def __init__(self, call: Callable[..., Any]):
-        self.call, self._key = call, _key(call)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Function) and self._key == other._key
-
-
-def _key(value: Any) -> Any:
-    """Returns what is equal for equal values: itself, or its parts; the identity of what neither hashes nor opens."""
-    if isinstance(value, partial):
-        return partial, _key(value.func), _key(value.args), _key(value.keywords)
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_key, value))
-    if isinstance(value, dict):
-        return dict, tuple((k, _key(v)) for k, v in sorted(value.items()))
-    try:
-        hash(value)
-    except TypeError:
-        return _Same(value)
-    return type(value), value
-
-
-class _Same:
-    """Equal to nothing but another look at the same object, which it keeps from being replaced by a new one."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from bnjax.functional import Moments
-from bnjax.tools._passes import Passes, in_jax
-from bnjax.tools._progress import Progress
+from bnjax.tools._recalibrate._passes import Passes, in_jax
+from bnjax.tools._recalibrate._progress import Progress
 from bnjax.tools._trees import Path, show
 
 
@@ -18,7 +18,7 @@ def recalibrate(
     layers: Sequence[str] | None = None,
     progress: Progress = True,
 ) -> Any:
-    r"""Statistics of the population instead of running averages (precise BN), for the weights as they are.
+    r"""Replaces running averages by the statistics of the population (precise BN), for the weights as they are.
 
     .. math::
         \mathrm{mean} = \frac{\sum n_i m_i}{\sum n_i}, \qquad
@@ -106,7 +106,7 @@ def collect_moments(
     layers: Sequence[str] | None = None,
     progress: Progress = True,
 ) -> dict[str, Moments]:
-    r"""The moments of the input of each batch normalization layer, over all rows of all batches.
+    r"""Returns the moments of the input of each batch normalization layer, over all rows of all batches.
 
     .. math:: n = \sum w, \qquad m = \frac1n \sum w x, \qquad v = \frac1n \sum w (x - m)^2
 

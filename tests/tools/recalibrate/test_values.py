@@ -214,16 +214,6 @@ def test_a_bad_batch_does_not_count(data):
         tools.recalibrate(linen_fn(model), variables, [bad], progress=False)
 
 
-def test_jitted_before_and_after(data):
-    """Checks that a function that jit has traced is recalibrated, and works unchanged afterwards."""
-    model, variables = zoo.linen_net()
-    jitted = jax.jit(linen_fn(model, train=True))
-    before = jitted(variables, data[0])
-    wanted = tools.recalibrate(linen_fn(model), variables, data, progress=False)
-    close(tools.recalibrate(jitted, variables, data, progress=False), wanted)
-    zoo.assert_trees_equal(jitted(variables, data[0]), before)
-
-
 def test_chosen_layers(data):
     """Checks that layers not chosen keep their statistics and evaluate with them."""
     model, variables = zoo.linen_net()
@@ -266,54 +256,3 @@ def test_from_a_checkpoint(data, tmp_path):
     restored = zoo.through_orbax(variables, tmp_path)
     results = [tools.recalibrate(linen_fn(model), v, data, progress=False) for v in (variables, restored)]
     zoo.assert_trees_equal(*results)
-
-
-def test_progress(data, capsys):
-    model, variables = zoo.linen_net()
-    done = []
-    tools.recalibrate(linen_fn(model), variables, data, progress=done.append)
-    assert done == [1, 2, 3, 4]
-    tools.recalibrate(linen_fn(model), variables, iter(data))
-    assert capsys.readouterr().out == ""
-
-
-class OwnNorm(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
-        var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
-        return bnjax.normalize(x, mean.value, var.value)
-
-
-class BatchNorm(nn.Module):
-    """A user's own normalization, with statistics for each of two domains."""
-
-    use_running_average: bool = True
-    axis: int = -1
-    axis_name: str | None = None
-    axis_index_groups: tuple | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (2, x.shape[-1]))
-        var = self.variable("batch_stats", "var", jnp.ones, (2, x.shape[-1]))
-        return bnjax.normalize(x, mean.value[0], var.value[0])
-
-
-def test_errors(data):
-    model, variables = zoo.linen_net()
-    apply_fn = linen_fn(model)
-    cases_ = [
-        ("batches is empty", apply_fn, variables, [], {}),
-        ("batches is empty", apply_fn, variables, [], {"layerwise": True}),
-        ("not an iterator", apply_fn, variables, iter(data), {"layerwise": True}),
-        ("'BatchNrom' fits no layer", apply_fn, variables, data, {"layers": ["BatchNrom"]}),
-        (r"mutable=\['batch_stats'\]", model.apply, variables, data, {}),
-        (r"must return \(output, updates\)", lambda v, x: apply_fn(v, x)[1], variables, data, {}),
-        ("holds no batch normalization", apply_fn, {"params": variables["params"]}, data, {}),
-        ("more than one set cannot", linen_fn(BatchNorm()), BatchNorm().init({}, data[0]), data, {}),
-        ("ran no Flax or bnjax BatchNorm", linen_fn(OwnNorm()), OwnNorm().init({}, data[0]), data, {}),
-    ]
-    for message, function, tree, batches, options in cases_:
-        with pytest.raises(ValueError, match=message):
-            tools.recalibrate(function, tree, batches, progress=False, **options)

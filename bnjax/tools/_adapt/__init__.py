@@ -1,0 +1,1 @@
+"""Adaptation at test time, and teachers that follow a student."""

@@ -1,0 +1,1 @@
+"""Tests fold: what is folded, what is left and why, in linen and nnx."""

@@ -1,0 +1,1 @@
+"""Tests recalibrate and collect_moments: values, calls in loops, programs and errors."""
