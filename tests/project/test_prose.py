@@ -120,7 +120,7 @@ def test_the_checks_see_what_they_look_for(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    for top in (*FOLDERS, "bnjax/tools"):
+    for top in FOLDERS:
         texts = docstrings_of_functions(top)
         others = [name for name, text in texts.items() if not opens_with_a_verb(text)]
         print(f"{top}: {1 - len(others) / len(texts):.1%} of {len(texts)} docstrings open with a verb")
