@@ -52,7 +52,7 @@ SAYS_NOTHING = "does not say what"
 STRANGERS = {
     "subclass": (lambda: (called, Louder(1, use_running_average=True, rngs=nnx.Rngs(0))), SAYS_NOTHING),
     "name": (lambda: (called, BatchNorm()), SAYS_NOTHING),
-    "linen": (lambda: in_linen(LouderInLinen(use_running_average=True)), SAYS_NOTHING),
+    "linen": (lambda: in_linen(LouderInLinen(use_running_average=True)), "overrides __call__ but does not define"),
     "bridge": (
         lambda: in_linen(nnx.bridge.to_linen(bnjax.nnx.BatchNorm, 1, use_running_average=True)),
         "ToLinen hides a layer of another API: use the tool on the module that it wraps",
