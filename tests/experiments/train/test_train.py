@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from experiments import jsonl
 from experiments.errors import ConfigError
 from experiments.train.__main__ import main
-from experiments.train.records import run_folder
+from experiments.train.cluster.folder import run_folder
 from tests.support.programs import assert_same_run, checkpoint, finish, learning, start
 
 STEPS = 62  # in the one epoch of --smoke: 4,000 images in batches of 64
