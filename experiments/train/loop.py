@@ -56,16 +56,28 @@ def create_state(
     example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
     average: bool = False,
 ) -> TrainState:
-    """Creates the state before the first step, replicated over the mesh; `example` holds the inputs for
-    `model.init`, and `average` asks for an average of the parameters.
-    """
+    """Creates the state before the first step, replicated over the mesh."""
     # Not jitted: compiling all random initializers of a network takes seconds; without jit each shape is compiled once.
+    state = initial_state(model, optimizer, seed, loss_scale, example, average)
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
+
+
+def initial_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    loss_scale: Callable[[], Any] = lambda: None,
+    example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
+    average: bool = False,
+) -> TrainState:
+    """Returns the state before the first step; `example` holds the inputs for `model.init`, and `average` asks for an
+    average of the parameters.
+    """
     variables = model.init(jax.random.key(seed), *example, train=False)
     params = variables["params"]
     stats, overwritten = variables.get("batch_stats", {}), variables.get(OVERWRITE_WITH_GRADIENT)
     mean = params if average else None
-    state = TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), mean, overwritten)
-    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
+    return TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), mean, overwritten)
 
 
 def axis_name(partition: Partition) -> str | None:

@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from bnjax.linen import BatchNorm, MovingAverageBatchNorm
-from bnjax.tools import decay_mask
 from experiments.data.images import Labelled
 from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
-from experiments.models.convolutional import ConvNet, ResNet20, max_pool, shortcut
-from experiments.models.residual import Bottleneck, ResNet
+from experiments.models.convolutional import ConvNet
 from experiments.train.config import Config, Hardware, Training, check_split, validate
 from experiments.train.devices import data_mesh, replicated
 from experiments.train.drift import drift
@@ -36,7 +33,6 @@ from experiments.train.loop import (
     make_train_step,
     place,
 )
-from experiments.train.optimizer import OPTIMIZERS, warmup_cosine
 from experiments.train.session import norm_options
 
 BATCH, STEPS = 16, 4
@@ -177,39 +173,6 @@ def test_gradient_state_wants_whole_batches(data: Labelled) -> None:
         step(create_state(model, optimizer, 0, mesh), batch)
 
 
-def test_resnet20_is_the_papers() -> None:
-    """Checks the counts of the paper's table 6: 0.27 million parameters, 19 convolutions each with a BN, one Dense
-    layer.
-    """
-    model = ResNet20(partial(BatchNorm, momentum=0.9))
-    for shape in ((1, 32, 32, 3), (1, 28, 28, 1)):
-        found = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
-        names = [name.split("_")[0] for name in found["params"]]
-        assert (names.count("Conv"), names.count("BatchNorm"), names.count("Dense")) == (19, 19, 1)
-        assert round(sum(leaf.size for leaf in jax.tree.leaves(found["params"])) / 1e4) == 27
-
-
-def test_resnet50_is_the_papers() -> None:
-    """Checks 25.6 million parameters, 53 convolutions each with a BN, and that a block can begin as its shortcut."""
-    model = ResNet(partial(BatchNorm, momentum=0.9), zero_scale=True)
-    found = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    paths = ["/".join(path) for path in flatten_dict(found["params"])]
-    assert [sum(name in path for path in paths) for name in ("Conv_", "/scale")] == [
-        53,
-        52,
-    ]  # the first one's path has no block before it
-    assert round(sum(leaf.size for leaf in jax.tree.leaves(found["params"])) / 1e5) == 256
-    block, x = Bottleneck(partial(BatchNorm, use_running_average=True), 2, zero_scale=True), jnp.ones((1, 4, 4, 8))
-    np.testing.assert_array_equal(block.apply(block.init(jax.random.key(0), x), x), x)
-
-
-def test_a_shortcut_takes_every_second_position_and_adds_channels_of_zeros() -> None:
-    x = jnp.arange(2.0 * 4 * 4 * 3).reshape(2, 4, 4, 3)
-    found = shortcut(x, 5, 2)
-    np.testing.assert_array_equal(found[..., :3], x[:, ::2, ::2])
-    assert found.shape == (2, 2, 2, 5) and not np.any(found[..., 3:])
-
-
 @pytest.mark.parametrize("partition", ["shard_map", "jit"])
 def test_the_same_seed_on_the_same_devices_gives_the_same_bits(data, once, partition: str) -> None:
     first, second = once(partition, 8), trained(data, partition, 8)
@@ -254,31 +217,6 @@ def test_model_without_normalisation_trains_in_the_same_loop(data: Labelled) -> 
     assert np.isfinite(rows[-1]["loss"])
 
 
-def test_decay_leaves_scales_and_biases_out(data: Labelled) -> None:
-    state = create_state(build("jit"), optax.sgd(0.1), 0, data_mesh(1))
-    mask = decay_mask(state.params)
-    assert mask["Conv_0"] == {"kernel": True}
-    assert mask["BatchNorm_0"] == {"scale": False, "bias": False}
-    assert mask["Dense_0"] == {"kernel": True, "bias": False}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_kernels_alone_decay(name: str) -> None:
-    """Takes a step without a gradient: AdamW and SGD move kernels by rate times decay, LAMB by the rate."""
-    params = {"Dense_0": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "BatchNorm_0": {"scale": jnp.ones(3)}}
-    optimizer = OPTIMIZERS[name](warmup_cosine(0.1, 10, 0.0), 0.5)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    wanted = {"adamw": 0.05, "sgd": 1.9 * 0.05, "lamb": 0.1}[name]  # Nesterov: the first step counts 1 + 0.9 times
-    np.testing.assert_allclose(updates["Dense_0"]["kernel"], -wanted * np.ones(3), rtol=1e-6)
-    assert not updates["Dense_0"]["bias"].any()
-    assert not updates["BatchNorm_0"]["scale"].any()
-
-
-def test_schedule_warms_up_and_ends_at_zero() -> None:
-    schedule = warmup_cosine(0.2, 100, 0.1)
-    assert [float(schedule(step)) for step in (0, 10, 100)] == pytest.approx([0, 0.2, 0])
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
 def test_drift_recovers_the_moments_of_the_batch(momentum: float) -> None:
     x = np.random.default_rng(0).normal(3, 2, (64, 5)).astype(np.float32)
@@ -292,13 +230,6 @@ def test_drift_recovers_the_moments_of_the_batch(momentum: float) -> None:
     rtol = 1e-5 / (1 - momentum)
     np.testing.assert_allclose(layer["mean"], np.sqrt(np.mean((mean - 2.5) ** 2 / 3)), rtol=rtol)
     np.testing.assert_allclose(layer["var"], np.sqrt(np.mean(np.log(var / 3) ** 2)), rtol=rtol)
-
-
-@pytest.mark.parametrize("size", [6, 7])
-def test_max_pool_is_that_of_flax(size: int) -> None:
-    x = np.random.default_rng(size).normal(size=(2, size, size, 3)).astype(np.float32)
-    pooled, flax = (partial(pool, x) for pool in (max_pool, partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))))
-    np.testing.assert_array_equal(pooled(), flax())
 
 
 BAD = {
