@@ -4,11 +4,14 @@ A million small files are slow to list and to read on network disks; some hundre
 `tf.train.Example` with image, label and file_name, as TFDS writes them, in a random order that is always the same.
 """
 
+import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import grain
 import numpy as np
 import tyro
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -16,7 +19,7 @@ from tqdm import tqdm
 
 from experiments.data.photos.augment import decode
 from experiments.data.photos.example import pack
-from experiments.data.photos.sources import CLASSES, LAYOUT, UNFINISHED, File, Folder, folder_of
+from experiments.data.photos.sources import CLASSES, LAYOUT, UNFINISHED, Folder, folder_of
 from experiments.errors import ConfigError, RunError
 
 GROUP = "group_size:1"  # records that are compressed together; 1, because they are read in random order
@@ -56,34 +59,37 @@ def convert(
 def write(source: Folder, path: Path, files: int, damaged: str) -> Iterator[int]:
     """Writes the images in random order to PATH-00000-of-N and so on; yields how many each file has left out.
 
-    A file gets its name when it is whole.
+    Threads read and decode ahead. A file gets its name when it is whole.
     """
     order = np.random.default_rng(0).permutation(len(source))
+    ahead = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
     with tqdm(total=len(source), unit="image", desc=path.name, disable=None) as bar:
         for number in range(files):
             name = f"{path.name}-{number:05d}-of-{files:05d}"
             writer, lost = ArrayRecordWriter(str(path.with_name(name + UNFINISHED)), GROUP), 0
-            for index in order[number::files]:
-                if intact(file := source[int(index)], damaged):
-                    writer.write(pack(*file))
-                else:
-                    lost += 1
+            checked = grain.MapDataset.source(order[number::files]).map(partial(check, source))
+            for record, reason in checked.to_iter_dataset(ahead):
                 bar.update()
+                if not reason:
+                    writer.write(record)
+                elif damaged == "error":
+                    raise RunError(f"{reason}: replace it, or write --damaged skip")
+                else:
+                    tqdm.write(f"left out: {reason}")
+                    lost += 1
             writer.close()
             path.with_name(name + UNFINISHED).rename(path.with_name(name))
             yield lost
 
 
-def intact(file: File, damaged: str) -> bool:
-    """Returns True if the image can be decoded; else names it, or raises RunError where damaged images are errors."""
+def check(source: Folder, number: int) -> tuple[bytes, str]:
+    """Returns the record of an image, and an empty text; or why it is damaged."""
+    file = source[int(number)]
     try:
         decode(file.content)
     except ValueError as error:
-        if damaged == "error":
-            raise RunError(f"{file.name} cannot be decoded ({error}): replace it, or write --damaged skip") from error
-        tqdm.write(f"left out {file.name}: it cannot be decoded ({error})")
-        return False
-    return True
+        return b"", f"{file.name} cannot be decoded ({error})"
+    return pack(*file), ""
 
 
 def main() -> int:

@@ -31,13 +31,15 @@ def final_state(session: Session, state: TrainState) -> TrainState:
     if training.recalibrate and state.batch_stats:
         model = build_model(training, "jit", session.data.classes)
         batches = session.data.training(training.batch_size, training.epochs, training.seed, session.shard)
-        placed = (place(batch, session.mesh) for batch in islice(batches, training.recalibrate))
+        count = min(training.recalibrate, session.total)
+        placed = (place(batch, session.mesh) for batch in islice(batches, count))
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
         def apply(variables: Any, batch: Any) -> Any:
             return model.apply(variables, as_float(batch), train=True, mutable=["batch_stats"])
 
         stats = tools.recalibrate(apply, variables, placed, progress=False)["batch_stats"]
+        batches.close()
         state = state._replace(batch_stats=jax.device_put(stats, replicated(session.mesh)))
     return state
 

@@ -1,11 +1,9 @@
-"""The whole training step of ResNet-50 as compilers for pods see it: collectives and memory, by chips and statistics.
+"""Compiles the whole training step of ResNet-50 for pods: its collectives and memory, by chips and batch statistics.
 
-Claim:    From 4 to 256 chips the step of a chip keeps its memory, and statistics of groups need as many all-reduces.
-Command:  python -m experiments.bench.compiled.pod       # needs pip install "bnjax[aot]"; --targets v5e:2x2 for one
-Hardware: any; the programs are compiled, not run
-Time:     3 to 10 min for each row
+    python -m experiments.bench.compiled.pod       # needs pip install "bnjax[aot]"; --targets v5e:2x2 for one
 
-The step is that of `python -m experiments.train --recipe resnet50`, with 64 images on each chip.
+The programs are compiled, not run, in minutes each. The step is that of
+`python -m experiments.train --recipe resnet50`, with 64 images on each chip.
 """
 
 import dataclasses

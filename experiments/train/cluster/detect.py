@@ -41,10 +41,10 @@ def member(hardware: Hardware) -> Member | None:
     Raises:
         ConfigError: the options contradict each other, or several processes were started and JAX cannot connect them.
     """
-    given = hardware.coordinator, hardware.processes, hardware.process_id
     if hardware.coordinator is not None:
         address(hardware.coordinator)
-    found = Member(*given) if hardware.cluster == "off" else Member(*detected(hardware))
+    given = hardware.coordinator, hardware.processes, hardware.process_id
+    found = Member(*(given if hardware.cluster == "off" else detected(hardware)))
     if found.coordinator is None:
         if hardware.cluster != "off":
             check_alone()
@@ -70,7 +70,14 @@ def detected(hardware: Hardware) -> tuple[str | None, int | None, int | None, Se
         ConfigError: JAX recognises the launcher, but not its processes.
     """
     method = None if hardware.cluster == "auto" else hardware.cluster
-    given = hardware.coordinator, hardware.processes, hardware.process_id, None
+    coordinator = hardware.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")  # both variables are those of jax.distributed.initialize
+    given = (
+        coordinator,
+        hardware.processes,
+        hardware.process_id,
+        list(map(int, devices.split(","))) if devices else None,
+    )
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -79,6 +86,8 @@ def detected(hardware: Hardware) -> tuple[str | None, int | None, int | None, Se
         raise ConfigError(
             f"JAX recognises a cluster, but not its processes ({_line(error)}): mend this, {ALONE}"
         ) from error
+    if found[0] is None and method:
+        raise ConfigError(f"--cluster {method}: this package is not installed, or not in an MPI: pip install {method}")
     if found[0] is None and said and "JOB_COMPLETION_INDEX" in os.environ:
         raise ConfigError(f"this is a job of Kubernetes ({_line(said[0].message)}): install it, {ALONE}")
     return found

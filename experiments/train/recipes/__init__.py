@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ def defaults(argv: Sequence[str]) -> Config:
 
 def named(argv: Sequence[str]) -> str | None:
     """Returns the value of --recipe."""
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in pairwise([*argv, ""]):
         if option == "--recipe":
             return value
         if option.startswith("--recipe="):
@@ -71,7 +72,7 @@ def changed(part: Any, options: dict[str, Any], where: str) -> Any:
         if float in kinds:
             kinds.append(int)
         value = Path(value) if Path in kinds and isinstance(value, str) else value
-        if type(value) not in kinds:
+        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(
                 f"{where} has {name} = {value!r}: expected {' or '.join(kind.__name__ for kind in kinds)}"
             )

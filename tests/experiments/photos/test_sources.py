@@ -124,11 +124,18 @@ def test_what_is_wrong_is_named(sets: Path, message: str) -> None:
 
 
 def test_a_record_with_a_wrong_label_is_a_damaged_image(sets: Path) -> None:
-    (sets / "records/classes.txt").write_text("building\nflower\n")
-    train, _ = find(sets / "records")
-    found = [train[index] for index in range(len(train))]
-    assert sum(not file.content for file in found) == 4
-    assert all("(label 2, of 2 classes)" in file.name for file in found if not file.content)
+    (path, *others) = sorted((sets / "records").glob("val*"))
+    writer = convert.ArrayRecordWriter(str(path), convert.GROUP)
+    for record in (pack(b"x", 0, "a"), pack(b"x", 3, "b"), pack(b"x", -1, ""), b"\xff" * 9):
+        writer.write(record)
+    writer.close()
+    test = find(sets / "records")[1]
+    assert not others and [test[index] for index in range(4)] == [
+        (b"x", 0, "a"),
+        (b"", 0, "b (label 3, of 3 classes)"),
+        (b"", 0, "record 2 (label -1, of 3 classes)"),
+        (b"", 0, "record 3 (no tf.train.Example)"),
+    ]
 
 
 def test_converting_is_repeatable_and_refuses_what_it_cannot_do(sets: Path, tmp_path: Path) -> None:
