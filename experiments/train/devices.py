@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from experiments.errors import ConfigError
 from experiments.train.cluster.detect import Member
@@ -40,6 +41,14 @@ def start(hardware: Hardware, member: Member | None = None) -> None:
             heartbeat_timeout_seconds=hardware.heartbeat_timeout,
             shutdown_timeout_seconds=hardware.heartbeat_timeout,
         )
+
+
+def wait_for_all(seconds: int) -> None:
+    """Waits until every process has come here, in JAX's coordination service.
+
+    Before the first collective on CPUs: Gloo, which makes it, ends the program if another process is 30 seconds late.
+    """
+    multihost.get_barrier_sync_fn()(key="bnjax_first_collective", timeout_ms=1000 * seconds)
 
 
 def be_patient() -> None:

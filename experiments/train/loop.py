@@ -58,7 +58,11 @@ def create_state(
 ) -> TrainState:
     """Creates the state before the first step, replicated over the mesh."""
     # Not jitted: compiling all random initializers of a network takes seconds; without jit each shape is compiled once.
-    state = initial_state(model, optimizer, seed, loss_scale, example, average)
+    return placed(initial_state(model, optimizer, seed, loss_scale, example, average), mesh)
+
+
+def placed(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the state replicated over the mesh; with several processes, in a first collective of all of them."""
     return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
 
 

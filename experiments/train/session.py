@@ -28,9 +28,10 @@ from experiments.train.loop import (
     Partition,
     TrainState,
     TrainStep,
-    create_state,
+    initial_state,
     make_eval_step,
     make_train_step,
+    placed,
 )
 from experiments.train.optimizer import OPTIMIZERS, warmup_cosine
 
@@ -151,4 +152,6 @@ def build(config: Config, data: DataSet) -> tuple[Session, TrainState]:
     session = Session(config, mesh, data, shard, batches, train_step, eval_step, epoch, training.epochs * epoch)
     scale = nonfinite.initial_scale if training.precision == "float16" else lambda: None
     example = (np.zeros((1, *data.shape), np.float32),)
-    return session, create_state(model, optimizer, training.seed, mesh, scale, example, average=training.ema > 0)
+    state = initial_state(model, optimizer, training.seed, scale, example, average=training.ema > 0)
+    devices.wait_for_all(config.hardware.join_timeout)
+    return session, placed(state, mesh)

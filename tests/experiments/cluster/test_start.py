@@ -20,7 +20,7 @@ class Job:
         self.environment = compilation_cache(folder / "compiled")
         images = write_images(folder / "images", train=64, test=16)
         self.options = ["--data", "fashion-mnist", "--data-dir", images, "--batch-size", 16, "--epochs", 1]
-        self.options += ["--width", 2, "--devices", 1, "--heartbeat-timeout", 10]
+        self.options += ["--width", 2, "--devices", 1]
 
     def start(self, launcher: str, *options: object, own: tuple[object, ...] = ()) -> list[subprocess.Popen[str]]:
         """Starts two processes; `own` are options of the second one alone."""
