@@ -5,7 +5,7 @@ import pytest
 from experiments.errors import ConfigError
 from experiments.train.cluster.detect import Member, member
 from experiments.train.config import Hardware
-from tests.support.launchers import LAUNCHERS, VARIABLES
+from tests.experiments.cluster.launchers import LAUNCHERS, VARIABLES
 
 ADDRESS = "localhost:4321"
 BY_HAND = Hardware(coordinator=ADDRESS, processes=3, process_id=2)

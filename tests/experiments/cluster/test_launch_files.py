@@ -16,7 +16,7 @@ from jax._src.clusters.k8s_cluster import K8sCluster
 from experiments.train.cluster.detect import Member, member
 from experiments.train.config import Config, Hardware
 from experiments.train.recipes import defaults
-from tests.support.launchers import VARIABLES
+from tests.experiments.cluster.launchers import VARIABLES
 from tests.support.programs import LIMIT, ROOT, compilation_cache, learning, write_images
 
 TEXT = (ROOT / "docs" / "guides" / "clusters.md").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launchers import LAUNCHERS
+from tests.experiments.cluster.launchers import LAUNCHERS
 from tests.support.processes import free_port
 from tests.support.programs import compilation_cache, finish, learning, start, write_images
 

@@ -13,7 +13,7 @@ from experiments.data import convert
 from experiments.data.photos.batches import Batches, evaluation_batches, training_batches
 from experiments.data.photos.sources import Source, find
 from experiments.errors import RunError
-from tests.support.photographs import PHOTOGRAPHS, write_folder
+from tests.experiments.photos.photographs import PHOTOGRAPHS, write_folder
 
 SIZE, BATCH, TRAIN, TEST = 16, 8, 14, 7  # images of each class: 42 and 21, which no batch of 8 divides
 

@@ -13,7 +13,7 @@ from experiments.data.photos.augment import centre_box, centre_crop, decode, ran
 from experiments.data.photos.example import pack, unpack
 from experiments.data.photos.sources import find
 from experiments.errors import ConfigError
-from tests.support.photographs import PHOTOGRAPHS, photograph, write_folder
+from tests.experiments.photos.photographs import PHOTOGRAPHS, photograph, write_folder
 
 
 @pytest.fixture(scope="module")

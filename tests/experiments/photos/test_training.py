@@ -11,7 +11,7 @@ from experiments import jsonl
 from experiments.data.photos.augment import centre_crop, decode
 from experiments.data.photos.sources import find
 from experiments.train.__main__ import main
-from tests.support.photographs import write_folder
+from tests.experiments.photos.photographs import write_folder
 from tests.support.programs import (
     assert_same_run,
     compilation_cache,
