@@ -11,120 +11,33 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
-import grain
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import linen as nn
-from grain.sharding import ShardByJaxProcess, ShardOptions
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
-from bnjax.linen import BatchNorm
 from bnjax.tools import inspect
 from experiments import jsonl
-from experiments.data.images import Splits, load
-from experiments.data.pipeline import evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
-from experiments.models.convolutional import ConvNet, ResNet20
 from experiments.train import devices, nonfinite
 from experiments.train.checkpoints import open_checkpoints, restore, save
-from experiments.train.config import Config, Training, check_split, defaults, validate
-from experiments.train.drift import drift
+from experiments.train.cluster.folder import check_resumable, taken, written
+from experiments.train.config import Config
+from experiments.train.final import EXPORTED, final_state, write_exported
 from experiments.train.fingerprint import fingerprint
-from experiments.train.loop import (
-    EvalStep,
-    Metrics,
-    Partition,
-    TrainState,
-    TrainStep,
-    axis_name,
-    chunks,
-    create_state,
-    evaluate,
-    make_eval_step,
-    make_train_step,
-)
-from experiments.train.optimizer import adamw, warmup_cosine
+from experiments.train.loop import Metrics, TrainState, chunks, evaluate
 from experiments.train.plots import draw
-from experiments.train.records import (
-    CHECKPOINTS,
-    EVENTS,
-    METRICS,
-    Recorder,
-    check_resumable,
-    run_folder,
-    written,
-)
-from experiments.train.stopping import stop_requests
+from experiments.train.recipes import defaults
+from experiments.train.records import CHECKPOINTS, EVENTS, METRICS, Recorder
+from experiments.train.session import EPSILON, Session, build, join
+from experiments.train.stopping import anywhere, stop_requests
 
-EPSILON = 1e-5
 CURVES = "curves.png"
 LAYERS = "layers.txt"
 LOST, REFUSED = 1, 2  # exit statuses: a run that had started failed; the options or files are not usable
-
-
-class Session(NamedTuple):
-    """Everything that a training run uses and that does not change from step to step."""
-
-    config: Config
-    mesh: jax.sharding.Mesh
-    data: Splits
-    shard: ShardOptions
-    batches: grain.DatasetIterator
-    train_step: TrainStep
-    eval_step: EvalStep
-    epoch: int  # steps in an epoch
-    total: int  # steps in the whole training
-
-
-def build_model(training: Training, partition: Partition) -> nn.Module:
-    """Builds the network; its BN layers compute statistics over the whole batch under either partition."""
-    dtype = jnp.dtype(training.precision)
-    norm = partial(BatchNorm, momentum=training.momentum, epsilon=EPSILON, axis_name=axis_name(partition), dtype=dtype)
-    network = {"convnet": ConvNet, "resnet20": ResNet20}[training.model]
-    return network(norm, widths=(training.width, 2 * training.width, 4 * training.width), dtype=dtype)
-
-
-def build(config: Config) -> tuple[Session, TrainState]:
-    """Builds the data pipeline, the compiled steps and the initial state for the devices of this machine."""
-    training = config.training
-    mesh = devices.data_mesh(config.hardware.devices)
-    data = load(training.data, config.files.data_dir)
-    check_split(training.batch_size, mesh.size, training.accumulate, len(data.train.labels))
-    shard = ShardByJaxProcess()
-    epoch = len(data.train.labels) // training.batch_size
-    schedule = warmup_cosine(training.lr, training.epochs * epoch, training.warmup)
-    optimizer = nonfinite.skip_nonfinite(adamw(schedule, training.weight_decay))
-    model = build_model(training, config.hardware.partition)
-
-    def observe(state: TrainState, stats: Any) -> Metrics:
-        """Returns further metrics of a step: its learning rate, and the drift of each BN layer."""
-        layers = drift(state.batch_stats, stats, momentum=training.momentum, epsilon=EPSILON)
-        return {"learning_rate": schedule(state.step - state.opt_state.total_notfinite), "drift": layers}
-
-    train_step = make_train_step(
-        model, optimizer, mesh, config.hardware.partition, observe, accumulate=training.accumulate
-    )
-    batches = training_batches(
-        data.train,
-        training.batch_size,
-        training.epochs,
-        seed=training.seed,
-        max_shift=training.max_shift,
-        flip=training.flip,
-        shard=shard,
-    )
-    eval_step = make_eval_step(model, mesh)
-    session = Session(config, mesh, data, shard, batches, train_step, eval_step, epoch, training.epochs * epoch)
-    scale = nonfinite.initial_scale if training.precision == "float16" else lambda: None
-    example = (np.zeros((1, *data.train.images.shape[1:]), np.float32),)
-    return session, create_state(model, optimizer, training.seed, mesh, scale, example)
 
 
 def fit(
@@ -143,12 +56,16 @@ def fit(
     ends = chunk_ends(first, last, files.log_every, *saves)
     bar = tqdm(total=session.total, initial=first, unit="step", disable=None if is_first_process() else True)
     with bar:
-        since = time.perf_counter()
+        since, waited = time.perf_counter(), session.batches.seconds
         trained = chunks(session.train_step, state, session.batches, session.mesh, ends)
         for state, rows in trained:
-            speed = len(rows) * session.config.training.batch_size / (time.perf_counter() - since)
+            took = time.perf_counter() - since
+            pace = {
+                "images_per_second": len(rows) * session.config.training.batch_size / took,
+                "waiting": (session.batches.seconds - waited) / took,
+            }
             step, stop = int(state.step), stop_requested()
-            record(recorder, bar, step, rows, speed)
+            record(recorder, bar, step, rows, pace)
             nonfinite.check(rows, step, session.config.training.skip_nonfinite)
             if step % session.epoch == 0:
                 measure(session, state, recorder)
@@ -157,7 +74,9 @@ def fit(
                 save(manager, state, session.batches)
             if stop:
                 break
-            since = time.perf_counter()
+            since, waited = time.perf_counter(), session.batches.seconds
+        if int(state.step) == session.total:
+            finish(session, state, recorder)
     return state
 
 
@@ -166,36 +85,55 @@ def chunk_ends(first: int, last: int, *intervals: int) -> list[int]:
     return [step for step in range(first + 1, last + 1) if step == last or any(step % n == 0 for n in intervals)]
 
 
-def record(recorder: Recorder, bar: tqdm, step: int, rows: list[Metrics], speed: float) -> None:
+def record(recorder: Recorder, bar: tqdm, step: int, rows: list[Metrics], pace: dict[str, float]) -> None:
     """Writes the metrics of the steps up to `step`, and shows the last of them in the progress bar.
 
-    The first images/s of a run includes compilation.
+    `pace` holds the images per second of all processes, and the share of the time that this one has waited for data;
+    while it waits, its devices may still compute. The first images/s of a run includes compilation.
     """
     for number, row in enumerate(rows, start=step - len(rows) + 1):
         recorder.write("train", number, **row)
-    recorder.write("speed", step, images_per_second=speed)
+    recorder.write("speed", step, **pace)
     bar.update(len(rows))
-    bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, accuracy {rows[-1]['accuracy']:.3f}, {speed:.0f} images/s")
+    learnt = f"loss {rows[-1]['loss']:.4f}, accuracy {rows[-1]['accuracy']:.3f}"
+    bar.set_postfix_str(f"{learnt}, {pace['images_per_second']:.0f} images/s, {pace['waiting']:.0%} waiting for data")
 
 
 def measure(session: Session, state: TrainState, recorder: Recorder) -> None:
     """Evaluates on the test images with the running averages, and records loss and accuracy."""
-    batches = evaluation_batches(session.data.test, session.config.training.batch_size, session.shard)
-    step, result = int(state.step), evaluate(session.eval_step, state, batches, session.mesh)
+    step, result = int(state.step), tested(session, state)
     recorder.write("eval", step, **result)
     if is_first_process():
         tqdm.write(f"epoch {step // session.epoch}: test loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}")
 
 
+def tested(session: Session, state: TrainState) -> Metrics:
+    """Returns loss and accuracy on the test images."""
+    batches = session.data.evaluation(session.config.training.batch_size, session.shard)
+    return evaluate(session.eval_step, state, batches, session.mesh)
+
+
+def finish(session: Session, state: TrainState, recorder: Recorder) -> None:
+    """Evaluates the averaged and recalibrated network, and exports it, each where the options ask for it."""
+    training, last = session.config.training, final_state(session, state)
+    if training.ema or training.recalibrate:
+        recorder.write("final", int(state.step), **tested(session, last))
+    if session.config.files.export and is_first_process():
+        difference = write_exported(session, last, recorder.folder / EXPORTED)
+        recorder.write("export", int(state.step), difference=difference)
+    anywhere(False)  # the others wait for the first process, which has more to do
+
+
 def run(config: Config) -> str:
     """Trains, draws the curves, and returns the last line to print."""
     started = time.perf_counter()
-    validate(config)
+    data = join(config)
+    session, state = build(config, data)
     files = config.files
-    devices.start(config.hardware)
-    session, state = build(config)
-    with written(files.out or files.runs):
-        folder, goes_on = run_folder(files.runs, files.out, files.resume)
+    with (
+        written(files.out or files.runs),
+        taken(files.runs, files.out, files.resume, config.hardware.join_timeout) as (folder, goes_on),
+    ):
         if goes_on:
             check_resumable(folder, asdict(config))
         elif files.resume and is_first_process():
@@ -232,10 +170,11 @@ def summary(folder: Path, total: int, seconds: float) -> str:
     lines = jsonl.read(folder / METRICS)
     draw(lines, folder / CURVES)
     step = max(line["step"] for line in lines)
-    where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, {EVENTS}/, {CHECKPOINTS}/"
+    exported = f"{EXPORTED}, " if (folder / EXPORTED).exists() else ""
+    where = f"{folder}: {METRICS}, {CURVES}, {LAYERS}, {exported}{EVENTS}/, {CHECKPOINTS}/"
     if step < total:
         return f"stopped after {step} of {total} steps in {seconds:.1f} s; --resume goes on; files in {where}"
-    accuracy = [line["accuracy"] for line in lines if line["kind"] == "eval"][-1]
+    accuracy = [line["accuracy"] for line in lines if line["kind"] in ("eval", "final")][-1]
     skipped = sum(line.get("skipped", 0) > 0 for line in lines)
     left_out = f", of which {skipped} without a finite gradient left out," if skipped else ""
     return f"test accuracy {accuracy:.2%} after {total} steps{left_out} in {seconds:.1f} s; files in {where}"
@@ -255,15 +194,15 @@ def main(
 ) -> int:
     """Runs the command line with the given defaults, and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    config = tyro.cli(
-        Config,
-        prog=prog,
-        description=description,
-        args=argv,
-        default=default or defaults(smoke="--smoke" in argv),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
     try:
+        config = tyro.cli(
+            Config,
+            prog=prog,
+            description=description,
+            args=argv,
+            default=default or defaults(argv),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
         print(run(config), flush=True)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

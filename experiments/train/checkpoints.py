@@ -2,8 +2,10 @@
 atomic step.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 import grain
@@ -13,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 
 from experiments.errors import RunError
 from experiments.train.loop import TrainState
+from experiments.train.stopping import anywhere
 
 
 @contextmanager
@@ -45,15 +48,49 @@ def save(manager: ocp.CheckpointManager, state: TrainState, batches: grain.Datas
 def restore(manager: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
     """Restores the last saved state with the types and sharding of `state`, and moves `batches` to the saved position.
 
-    Returns `state` itself if nothing was saved yet, because the run was killed before its first checkpoint.
+    A checkpoint that cannot be read is set aside, as `damaged-STEP`, and the one before it is restored. Returns `state`
+    itself if nothing was saved yet, because the run was killed before its first checkpoint.
+
+    Raises:
+        RunError: none of the checkpoints can be read.
     """
-    if manager.latest_step() is None:
-        return state
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    steps, target = sorted(manager.all_steps(), reverse=True), jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     parts = {"state": ocp.args.StandardRestore(target), "batches": ocp.args.JsonRestore()}
-    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(**parts))
-    batches.set_state(restored["batches"])
-    return restored["state"]
+    for step in steps:
+        restored, reason = None, "in another process"
+        try:
+            restored = manager.restore(step, args=ocp.args.Composite(**parts))
+        except Exception as error:  # Orbax raises whatever the damaged file brings about
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if not anywhere(restored is None):
+            batches.set_state(restored["batches"])
+            set_aside(manager, [later for later in steps if later > step])
+            return restored["state"]
+        if jax.process_index() == 0:
+            print(f"checkpoint {step} cannot be read ({reason}): going back to the one before it", file=sys.stderr)
+    if steps:
+        raise RunError(
+            f"no checkpoint in {manager.directory} can be read: restore one from a copy, or start a new run with "
+            "another --out"
+        )
+    return state
+
+
+def set_aside(manager: ocp.CheckpointManager, steps: Sequence[int]) -> None:
+    """Renames checkpoints that cannot be read, so that their steps can be saved again."""
+    if not steps:
+        return
+    if jax.process_index() == 0:
+        for step in steps:
+            (manager.directory / str(step)).rename(free(manager.directory / f"damaged-{step}"))
+    anywhere(False)  # the others wait until it is done
+    manager.reload()
+
+
+def free(path: Path) -> Path:
+    """Returns the path, or with a number behind it the first one that is not there."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 @contextmanager

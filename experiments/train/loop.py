@@ -31,6 +31,7 @@ class TrainState(NamedTuple):
     batch_stats: Any  # float32, the running averages
     opt_state: Any
     loss_scale: Any = None  # DynamicScale in float16
+    average: Any = None  # float32, the exponential average of the parameters
     overwritten: Any = None  # the collection whose gradient is its new value, of PowerNorm and MovingAverageBatchNorm
 
 
@@ -53,16 +54,34 @@ def create_state(
     mesh: Mesh,
     loss_scale: Callable[[], Any] = lambda: None,
     example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
+    average: bool = False,
 ) -> TrainState:
-    """Creates the state before the first step, replicated over the mesh; `example` holds the inputs for
-    `model.init`.
-    """
+    """Creates the state before the first step, replicated over the mesh."""
     # Not jitted: compiling all random initializers of a network takes seconds; without jit each shape is compiled once.
+    return placed(initial_state(model, optimizer, seed, loss_scale, example, average), mesh)
+
+
+def placed(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the state replicated over the mesh; with several processes, in a first collective of all of them."""
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
+
+
+def initial_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    loss_scale: Callable[[], Any] = lambda: None,
+    example: tuple[Any, ...] = (np.zeros((1, 28, 28, 1), np.float32),),
+    average: bool = False,
+) -> TrainState:
+    """Returns the state before the first step; `example` holds the inputs for `model.init`, and `average` asks for an
+    average of the parameters.
+    """
     variables = model.init(jax.random.key(seed), *example, train=False)
     params = variables["params"]
     stats, overwritten = variables.get("batch_stats", {}), variables.get(OVERWRITE_WITH_GRADIENT)
-    state = TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), overwritten)
-    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))  # donated arrays must not share a buffer
+    mean = params if average else None
+    return TrainState(jnp.int32(0), params, stats, optimizer.init(params), loss_scale(), mean, overwritten)
 
 
 def axis_name(partition: Partition) -> str | None:
@@ -83,6 +102,8 @@ def make_train_step(
     observe: Observe,
     inputs: Inputs = images,
     accumulate: int = 1,
+    label_smoothing: float = 0.0,
+    ema: float = 0.0,
 ) -> TrainStep:
     """Compiles `step(state, batch) -> (state, metrics)`; the buffers of the state are donated.
 
@@ -95,12 +116,14 @@ def make_train_step(
         inputs: returns the model's arguments for a batch. The loss is the weighted mean over all labels.
         accumulate: micro-batches that a batch is cut into, each with statistics of its own: gradients and running
             averages are the means over them.
+        label_smoothing: part of the label that the loss spreads over all classes.
+        ema: decay of the average of the parameters, if the state has one; at first it is (1 + t)/(10 + t) in step t.
 
     Raises:
         ConfigError: in the first step, for micro-batches or a scaled loss with a model whose gradient state follows
             one batch after the other (PowerNorm, MovingAverageBatchNorm).
     """
-    over = axis_name(partition)
+    over = mesh.axis_names if partition == "shard_map" else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if state.overwritten is not None and (accumulate > 1 or state.loss_scale is not None):
@@ -112,7 +135,7 @@ def make_train_step(
             variables |= {} if overwritten is None else {OVERWRITE_WITH_GRADIENT: overwritten}
             rngs = {"dropout": dropout_key(state.step * accumulate + part, over)}
             logits, updates = model.apply(variables, *inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
-            counts = count(logits, batch)
+            counts = count(logits, batch, label_smoothing)
             if over:
                 # The psum is inside the objective, so that shard_map transposes it: the gradient of the replicated
                 # params is then that of the whole batch, without another psum.
@@ -130,11 +153,20 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         stats, overwritten = unless_skipped(opt_state, (stats, overwritten), (state.batch_stats, state.overwritten))
         metrics = {"loss": loss, "accuracy": accuracy, **skipped(opt_state), **observe(state, stats)}
-        return TrainState(state.step + 1, params, stats, opt_state, loss_scale, overwritten), metrics
+        average = averaged(state, params, ema)
+        return TrainState(state.step + 1, params, stats, opt_state, loss_scale, average, overwritten), metrics
 
     if partition == "shard_map":
-        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P())
+        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(over)), out_specs=P())
     return jax.jit(step, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh), donate_argnums=0)
+
+
+def averaged(state: TrainState, params: Any, decay: float) -> Any:
+    """Returns the exponential average of the parameters after a step, or None if the state has none."""
+    if state.average is None:
+        return None
+    kept = jnp.minimum(decay, (1 + state.step) / (10 + state.step))  # so that the first values do not weigh for long
+    return optax.incremental_update(params, state.average, 1 - kept)
 
 
 def mean_over_parts(
@@ -159,8 +191,8 @@ def mean_over_parts(
     return carry, jax.tree.map(lambda a: a / parts, total)
 
 
-def dropout_key(step: jax.Array, over: str | None) -> jax.Array:
-    """Derives a dropout key that differs in each step and, if `over` names a mapped axis, on each device."""
+def dropout_key(step: jax.Array, over: tuple[str, ...] | None) -> jax.Array:
+    """Derives a dropout key that differs in each step and, if `over` names mapped axes, on each device."""
     key = jax.random.fold_in(jax.random.key(0), step)
     return jax.random.fold_in(key, jax.lax.axis_index(over)) if over else key
 
@@ -210,14 +242,18 @@ def as_float(batch: Batch) -> jax.Array:
     return batch["image"].astype(jnp.float32) / 255
 
 
-def count(logits: jax.Array, batch: Batch) -> Counts:
+def count(logits: jax.Array, batch: Batch, label_smoothing: float = 0.0) -> Counts:
     """Sums loss, correct predictions and weights over the batch; without weights, every record counts as one."""
     weight = batch.get("weight", jnp.ones(batch["label"].shape))
-    return Counts((losses(logits, batch) * weight).sum(), (hits(logits, batch) * weight).sum(), weight.sum())
+    loss = losses(logits, batch, label_smoothing)
+    return Counts((loss * weight).sum(), (hits(logits, batch) * weight).sum(), weight.sum())
 
 
-def losses(logits: jax.Array, batch: Batch) -> jax.Array:
-    """Computes the cross-entropy of each label."""
+def losses(logits: jax.Array, batch: Batch, label_smoothing: float = 0.0) -> jax.Array:
+    """Computes the cross-entropy of each label, of which a part may be spread over all classes."""
+    if label_smoothing:
+        labels = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), label_smoothing)
+        return optax.softmax_cross_entropy(logits.astype(jnp.float32), labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
 
 

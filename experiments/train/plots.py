@@ -69,12 +69,15 @@ def in_order(layer: str) -> list[str | int]:
 
 
 def finish(axes: Axes, heading: str, label: str) -> None:
-    """Sets title, unit and grid of the axes and, if they have curves, the legend."""
+    """Sets title, unit and grid of the axes and, if they have curves, the legend, where there are usually none.
+
+    Its place is fixed: matplotlib's search for the best one warns, where it takes long on a busy machine.
+    """
     axes.set_title(heading)
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)
     if axes.has_data():
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower right" if heading == "Accuracy" else "upper right")
 
 
 def draw_smooth(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: Any) -> None:

@@ -15,7 +15,7 @@ BELOW = {  # what each folder of experiments/ may import of the others
     "models": set(),
     "train": {"data", "models"},
     "repro": {"data", "models", "train", "article"},
-    "bench": {"models"},
+    "bench": {"models", "train"},
 }
 
 

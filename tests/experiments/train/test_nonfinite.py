@@ -16,7 +16,6 @@ from experiments.data.images import embedded_digits
 from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import RunError
 from experiments.train import nonfinite
-from experiments.train.__main__ import build_model
 from experiments.train.config import Training
 from experiments.train.devices import data_mesh
 from experiments.train.loop import (
@@ -28,6 +27,7 @@ from experiments.train.loop import (
     make_train_step,
 )
 from experiments.train.optimizer import adamw, warmup_cosine
+from experiments.train.session import build_model
 from tests.support.programs import finish, start, write_images
 
 BATCH, EPOCHS = 64, 12

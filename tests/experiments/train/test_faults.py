@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import jsonl
-from experiments.train.records import has_begun
+from experiments.train.cluster.folder import has_begun
 from tests.support.programs import assert_same_run, committed, compilation_cache, finish, learning, start, write_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

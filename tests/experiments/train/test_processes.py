@@ -126,8 +126,10 @@ def wait_for_a_checkpoint(out: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_loss_of_a_process_ends_the_other_and_resume_goes_on(cluster: Cluster, tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(("victim", "resumed_by"), [(0, 2), (1, 1)])
+def test_the_loss_of_a_process_ends_the_other_and_any_number_goes_on(
+    cluster: Cluster, tmp_path: Path, victim: int, resumed_by: int
+) -> None:
     out = tmp_path / "out"
     processes = cluster.start(out, "--epochs", 500, processes=2, devices=2)
     wait_for_a_checkpoint(out)
@@ -139,10 +141,8 @@ def test_the_loss_of_a_process_ends_the_other_and_resume_goes_on(cluster: Cluste
     assert "error" in errors
     assert processes[victim].communicate() and processes[victim].returncode == -signal.SIGKILL
     last = committed(out)[-1]
-    outputs = [
-        finish(p)
-        for p in cluster.start(out, "--epochs", 500, "--resume", "--stop-after", last + 3, processes=2, devices=2)
-    ]
+    options = ["--epochs", 500, "--resume", "--stop-after", last + 3]
+    outputs = cluster.finish(out, *options, processes=resumed_by, devices=2)
     assert f"stopped after {last + 3}" in outputs[0] and len(states(outputs)) == 1
 
 

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from experiments import jsonl
 from experiments.errors import ConfigError
 from experiments.train.__main__ import main
-from experiments.train.records import run_folder
+from experiments.train.cluster.folder import held, run_folder, sees
 from tests.support.programs import assert_same_run, checkpoint, finish, learning, start
 
 STEPS = 62  # in the one epoch of --smoke: 4,000 images in batches of 64
@@ -174,3 +174,15 @@ def test_help_explains_every_option() -> None:
 
 def test_the_package_lists_its_experiments() -> None:
     assert re.search(r"(?m)^experiments\.train\n +A three-block BN network", finish(start(module="experiments")))
+
+
+def test_a_folder_is_held_by_one_run_alone(tmp_path: Path) -> None:
+    with held(tmp_path, token=7):
+        assert sees(tmp_path, 7) and not sees(tmp_path, 8)
+        with (
+            pytest.raises(ConfigError, match=r"is being written by another run \(.+ pid"),
+            held(tmp_path, token=8),
+        ):
+            pass
+    with held(tmp_path, token=9):
+        assert sees(tmp_path, 9)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
 from bnjax.linen import BatchNorm, MovingAverageBatchNorm
-from bnjax.tools import decay_mask
 from experiments.data.images import Labelled
 from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError, RunError
-from experiments.models.convolutional import ConvNet, ResNet20, max_pool, shortcut
+from experiments.models.convolutional import ConvNet
 from experiments.train.config import Config, Hardware, Training, check_split, validate
 from experiments.train.devices import data_mesh, replicated
 from experiments.train.drift import drift
@@ -28,11 +28,12 @@ from experiments.train.loop import (
     chunks,
     create_state,
     evaluate,
+    losses,
     make_eval_step,
     make_train_step,
     place,
 )
-from experiments.train.optimizer import adamw, warmup_cosine
+from experiments.train.session import norm_options
 
 BATCH, STEPS = 16, 4
 
@@ -113,31 +114,63 @@ def test_gradients_and_averages_are_the_means_over_micro_batches(data: Labelled)
     jax.tree.map(close, (both.params, both.batch_stats), wanted)
 
 
+def test_devices_for_themselves_give_the_mean_of_the_gradients_of_their_parts(data: Labelled) -> None:
+    """Compares one step of gradient descent with rate 1 on two groups of one device with steps on the halves."""
+    model, optimizer, batch = build("jit"), optax.sgd(1.0), next(training_batches(data, BATCH, epochs=1, seed=0))
+
+    def after(mesh: Mesh, model: ConvNet, partition: str, batch: Batch) -> TrainState:
+        step = make_train_step(model, optimizer, mesh, partition, lambda state, stats: {})
+        return jax.device_get(step(create_state(model, optimizer, 0, mesh), place(batch, mesh))[0])
+
+    names = norm_options("shard_map", group=1)
+    alone = ConvNet(partial(BatchNorm, momentum=0.9, **names), widths=(4, 8))
+    found = after(data_mesh(2, group=1), alone, "shard_map", batch)
+    cut = [{name: part[rows] for name, part in batch.items()} for rows in (slice(8), slice(8, 16))]
+    halves = [after(data_mesh(1), model, "jit", half) for half in cut]
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda new, *both: close(new, np.mean(both, axis=0)), found.params, *[half.params for half in halves])
+    # The running averages follow the rows of both: in the first layer, whose input no statistics have changed.
+    whole = after(data_mesh(1), model, "jit", batch)
+    jax.tree.map(close, found.batch_stats["BatchNorm_0"], whole.batch_stats["BatchNorm_0"])
+
+
+def test_one_group_of_all_devices_is_the_whole_batch(data: Labelled, once) -> None:
+    mesh, optimizer = data_mesh(4, group=4), optax.sgd(0.05)
+    model = ConvNet(partial(BatchNorm, momentum=0.9, **norm_options("shard_map", group=4)), widths=(4, 8))
+    step = make_train_step(model, optimizer, mesh, "shard_map", lambda state, stats: {})
+    batches = training_batches(data, BATCH, epochs=1, seed=0)
+    state, metrics = list(chunks(step, create_state(model, optimizer, 0, mesh), batches, mesh, [STEPS]))[-1]
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, (jax.device_get(state), metrics), jax.device_get(once("jit", 1)))
+
+
+def test_the_average_of_the_weights_follows_them(data: Labelled) -> None:
+    mesh, model, optimizer = data_mesh(1), build("jit"), optax.sgd(0.05)
+    step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {}, ema=0.15)
+    state = create_state(model, optimizer, 0, mesh, average=True)
+    wanted = jax.device_get(state.params)
+    batches = training_batches(data, BATCH, epochs=1, seed=0)
+    for number, (state, _) in enumerate(chunks(step, state, batches, mesh, [1, 2, 3])):  # noqa: B020
+        kept = min(0.15, (1 + number) / (10 + number))
+        wanted = jax.tree.map(lambda a, p, kept=kept: kept * a + (1 - kept) * p, wanted, jax.device_get(state.params))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.average, wanted)
+
+
+def test_label_smoothing_spreads_a_part_of_the_label() -> None:
+    logits, labels = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]]), jnp.array([0, 2])
+    logs = np.asarray(jax.nn.log_softmax(logits))
+    plain = -logs[[0, 1], [0, 2]]
+    np.testing.assert_allclose(losses(logits, {"label": labels}), plain, rtol=1e-6)
+    wanted = 0.9 * plain - 0.1 * logs.mean(1)
+    np.testing.assert_allclose(losses(logits, {"label": labels}, 0.1), wanted, rtol=1e-6)
+
+
 def test_gradient_state_wants_whole_batches(data: Labelled) -> None:
     mesh, model, optimizer = data_mesh(1), ConvNet(MovingAverageBatchNorm, widths=(4,)), optax.sgd(0.1)
     step = make_train_step(model, optimizer, mesh, "jit", lambda state, stats: {}, accumulate=2)
     batch = place(next(training_batches(data, BATCH, epochs=1, seed=0)), mesh)
     with pytest.raises(ConfigError, match="without micro-batches"):
         step(create_state(model, optimizer, 0, mesh), batch)
-
-
-def test_resnet20_is_the_papers() -> None:
-    """Checks the counts of the paper's table 6: 0.27 million parameters, 19 convolutions each with a BN, one Dense
-    layer.
-    """
-    model = ResNet20(partial(BatchNorm, momentum=0.9))
-    for shape in ((1, 32, 32, 3), (1, 28, 28, 1)):
-        found = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
-        names = [name.split("_")[0] for name in found["params"]]
-        assert (names.count("Conv"), names.count("BatchNorm"), names.count("Dense")) == (19, 19, 1)
-        assert round(sum(leaf.size for leaf in jax.tree.leaves(found["params"])) / 1e4) == 27
-
-
-def test_a_shortcut_takes_every_second_position_and_adds_channels_of_zeros() -> None:
-    x = jnp.arange(2.0 * 4 * 4 * 3).reshape(2, 4, 4, 3)
-    found = shortcut(x, 5, 2)
-    np.testing.assert_array_equal(found[..., :3], x[:, ::2, ::2])
-    assert found.shape == (2, 2, 2, 5) and not np.any(found[..., 3:])
 
 
 @pytest.mark.parametrize("partition", ["shard_map", "jit"])
@@ -184,28 +217,6 @@ def test_model_without_normalisation_trains_in_the_same_loop(data: Labelled) -> 
     assert np.isfinite(rows[-1]["loss"])
 
 
-def test_decay_leaves_scales_and_biases_out(data: Labelled) -> None:
-    state = create_state(build("jit"), optax.sgd(0.1), 0, data_mesh(1))
-    mask = decay_mask(state.params)
-    assert mask["Conv_0"] == {"kernel": True}
-    assert mask["BatchNorm_0"] == {"scale": False, "bias": False}
-    assert mask["Dense_0"] == {"kernel": True, "bias": False}
-
-
-def test_adamw_decays_kernels_alone() -> None:
-    params = {"Dense_0": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "BatchNorm_0": {"scale": jnp.ones(3)}}
-    optimizer = adamw(warmup_cosine(0.1, 10, 0.0), weight_decay=0.5)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose(updates["Dense_0"]["kernel"], -0.05 * np.ones(3), rtol=1e-6)
-    assert not updates["Dense_0"]["bias"].any()
-    assert not updates["BatchNorm_0"]["scale"].any()
-
-
-def test_schedule_warms_up_and_ends_at_zero() -> None:
-    schedule = warmup_cosine(0.2, 100, 0.1)
-    assert [float(schedule(step)) for step in (0, 10, 100)] == pytest.approx([0, 0.2, 0])
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
 def test_drift_recovers_the_moments_of_the_batch(momentum: float) -> None:
     x = np.random.default_rng(0).normal(3, 2, (64, 5)).astype(np.float32)
@@ -221,13 +232,6 @@ def test_drift_recovers_the_moments_of_the_batch(momentum: float) -> None:
     np.testing.assert_allclose(layer["var"], np.sqrt(np.mean(np.log(var / 3) ** 2)), rtol=rtol)
 
 
-@pytest.mark.parametrize("size", [6, 7])
-def test_max_pool_is_that_of_flax(size: int) -> None:
-    x = np.random.default_rng(size).normal(size=(2, size, size, 3)).astype(np.float32)
-    pooled, flax = (partial(pool, x) for pool in (max_pool, partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))))
-    np.testing.assert_array_equal(pooled(), flax())
-
-
 BAD = {
     "--batch-size": Training(batch_size=0),
     "--epochs": Training(epochs=0),
@@ -238,8 +242,7 @@ BAD = {
     "--skip-nonfinite": Training(skip_nonfinite=-1),
     "--devices": Hardware(devices=0),
     "--heartbeat-timeout": Hardware(heartbeat_timeout=0),
-    "--process-id": Hardware(processes=2, process_id=2, coordinator="localhost:1"),
-    "--coordinator": Hardware(processes=2),
+    "--join-timeout": Hardware(join_timeout=0),
 }
 
 
