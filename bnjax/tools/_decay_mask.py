@@ -1,10 +1,15 @@
 """Which parameters an optimizer decays, and which belong to batch normalization."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnjax.tools import _trees
 from bnjax.tools._trees import Path, show
+
+if TYPE_CHECKING:
+    import chex
 
 # The parameter names of flax.linen and flax.nnx, by role. Others have no known role: they are asked for.
 _WEIGHTS = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
@@ -12,7 +17,7 @@ _AFFINE = frozenset({"scale", "bias", "negative_slope"})
 
 
 def decay_mask(
-    params: Any,
+    params: chex.ArrayTree,
     *,
     batch_stats: Any = None,
     decay: Sequence[str] = (),
@@ -82,7 +87,7 @@ def decay_mask(
     return mask
 
 
-def affine_labels(params: Any, batch_stats: Any, *, affine: str = "affine", rest: str = "rest") -> Any:
+def affine_labels(params: chex.ArrayTree, batch_stats: Any, *, affine: str = "affine", rest: str = "rest") -> Any:
     r"""Returns labels for `optax.multi_transform`: `affine` for scale and bias of batch normalization, else `rest`.
 
     Each parameter of a module that owns statistics is `affine`, whatever its name. The scale and bias of layer or group

@@ -1,8 +1,10 @@
 """Running statistics as part of a tree: merge, reset, copy."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ import numpy as np
 from bnjax.functional import Moments, merge_moments
 from bnjax.tools import _trees
 from bnjax.tools._trees import Path, Tree, show
+
+if TYPE_CHECKING:
+    import chex
 
 
 def merge_stats(parts: Any, *, counts: Sequence[float] | None = None, axis: int | None = None) -> Any:
@@ -109,7 +114,7 @@ def _merge(parts: Sequence[dict[str, jax.Array]], counts: Sequence[float]) -> di
 
 
 def reset_stats(
-    variables: Any, *, layers: Sequence[str] | None = None, statistics: Sequence[str] = _trees.STATISTICS
+    variables: chex.ArrayTree, *, layers: Sequence[str] | None = None, statistics: Sequence[str] = _trees.STATISTICS
 ) -> Any:
     r"""Resets statistics: :math:`\mathrm{mean} = 0, \mathrm{var} = 1`, and no steps or skipped batches counted.
 
@@ -143,7 +148,9 @@ def reset_stats(
     )
 
 
-def copy_stats(source: Any, target: Any, *, layers: Sequence[str] | None = None, steps: float | None = None) -> Any:
+def copy_stats(
+    source: chex.ArrayTree, target: chex.ArrayTree, *, layers: Sequence[str] | None = None, steps: float | None = None
+) -> Any:
     r"""Returns `target` with the statistics of `source`.
 
     .. math:: \mathrm{mean}_\text{target} = \mathrm{mean}_\text{source}, \quad

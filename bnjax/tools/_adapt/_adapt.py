@@ -1,7 +1,9 @@
 """Adaptation at test time by the statistics of the data."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ from bnjax.tools._recalibrate._moments import gathered
 from bnjax.tools._recalibrate._passes import Passes
 from bnjax.tools._sound import check_variances
 
+if TYPE_CHECKING:
+    import chex
+
 
 def adapt_statistics(
     apply_fn: Callable[..., Any],
-    variables: Any,
+    variables: chex.ArrayTree,
     x: Any,
     *,
     prior: float,

@@ -1,6 +1,8 @@
 """Teachers that follow a student, in their weights and in their statistics."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,11 @@ import jax.numpy as jnp
 from bnjax.tools import _trees
 from bnjax.tools._trees import show
 
+if TYPE_CHECKING:
+    import chex
 
-def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -> Any:
+
+def follow(teacher: chex.ArrayTree, student: chex.ArrayTree, *, momentum: jax.Array | float = 0.999) -> Any:
     r"""Moves an EMA teacher one step towards its student, in its weights and in its statistics (EMAN).
 
     .. math:: \theta_\text{teacher} \leftarrow m\,\theta_\text{teacher} + (1 - m)\,\theta_\text{student},

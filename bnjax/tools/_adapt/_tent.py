@@ -1,12 +1,17 @@
 """Adaptation at test time by the entropy of the predictions."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped, unused-ignore]
 
 from bnjax.tools._decay_mask import affine_labels
+
+if TYPE_CHECKING:
+    import chex
 
 
 def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
@@ -36,7 +41,9 @@ def entropy(logits: jax.Array, *, axis: int = -1) -> jax.Array:
     return -jnp.sum(jax.nn.softmax(logits, axis) * log_p, axis)
 
 
-def tent(optimizer: optax.GradientTransformation, params: Any, batch_stats: Any) -> optax.GradientTransformation:
+def tent(
+    optimizer: optax.GradientTransformation, params: chex.ArrayTree, batch_stats: Any
+) -> optax.GradientTransformation:
     r"""Returns the optimizer of Tent, which trains the scale and bias of batch normalization and nothing else.
 
     .. math:: (\mathrm{scale}, \mathrm{bias}) \leftarrow (\mathrm{scale}, \mathrm{bias})

@@ -1,7 +1,9 @@
 """Folding batch normalization into the layers around it, for inference."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -15,6 +17,9 @@ from bnjax.tools._fold._variables import fold_all, layers_of, unfit
 from bnjax.tools._layers import Program, program
 from bnjax.tools._sound import check_variances
 from bnjax.tools._trees import show
+
+if TYPE_CHECKING:
+    import chex
 
 
 class Folded(NamedTuple):
@@ -44,7 +49,9 @@ class Folded(NamedTuple):
     difference: float
 
 
-def fold(apply_fn: Callable[..., Any], variables: Any, x: Any, *, layers: Sequence[str] | None = None) -> Folded:
+def fold(
+    apply_fn: Callable[..., Any], variables: chex.ArrayTree, x: Any, *, layers: Sequence[str] | None = None
+) -> Folded:
     r"""Moves batch normalization, as it is in evaluation, into the convolution or dense layer before or after it.
 
     .. math::

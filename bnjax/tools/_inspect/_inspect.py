@@ -1,8 +1,10 @@
 """A look at every batch normalization layer: what it holds, what is wrong with it, and what to do."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path as File
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from bnjax.tools._inspect._idle import idle
 from bnjax.tools._inspect._order import in_order
 from bnjax.tools._inspect._show import as_rich, as_text, draw
 from bnjax.tools._trees import Path, show
+
+if TYPE_CHECKING:
+    import chex
 
 Row = dict[str, Any]
 
@@ -61,7 +66,7 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    variables: Any,
+    variables: chex.ArrayTree,
     moments: Mapping[str, Any] | None = None,
     *,
     epsilon: float | None = None,

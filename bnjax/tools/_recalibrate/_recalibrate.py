@@ -1,17 +1,22 @@
 """Population statistics instead of running averages: precise batch normalization, and the moments behind it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnjax.functional import Moments
 from bnjax.tools._recalibrate._passes import Passes, in_jax
 from bnjax.tools._recalibrate._progress import Progress
 from bnjax.tools._trees import Path, show
 
+if TYPE_CHECKING:
+    import chex
+
 
 def recalibrate(
     apply_fn: Callable[..., Any],
-    variables: Any,
+    variables: chex.ArrayTree,
     batches: Iterable[Any],
     *,
     layerwise: bool = False,
@@ -99,7 +104,7 @@ def recalibrate(
 
 def collect_moments(
     apply_fn: Callable[..., Any],
-    variables: Any,
+    variables: chex.ArrayTree,
     batches: Iterable[Any],
     *,
     use_running_average: bool = True,

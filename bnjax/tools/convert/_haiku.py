@@ -1,7 +1,9 @@
 """Haiku parameters and state to variables and back: names, layouts, and the counter of its moving averages."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from bnjax.tools.convert._kernels import kernels_of
 from bnjax.tools.convert._layers import layers_of
 from bnjax.tools.convert._propose import advice, propose
 
+if TYPE_CHECKING:
+    import chex
+
 HAIKU = Dialect(
     library="Haiku",
     separator="/",
@@ -39,7 +44,7 @@ _STATE = ("mean", "var", "steps")
 def from_haiku(
     params: Nested,
     state: Nested,
-    variables: Any,
+    variables: chex.ArrayTree,
     *,
     names: Mapping[str, str] | None = None,
     transposed: Sequence[str] | None = None,
@@ -103,7 +108,7 @@ def from_haiku(
 
 
 def to_haiku(
-    variables: Any,
+    variables: chex.ArrayTree,
     params: Nested,
     state: Nested,
     *,

@@ -1,7 +1,9 @@
 """Keras weights to variables and back: names, layouts, and what the words mean."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +32,9 @@ from bnjax.tools.convert._kernels import kernels_of
 from bnjax.tools.convert._layers import layers_of
 from bnjax.tools.convert._propose import advice, propose
 
+if TYPE_CHECKING:
+    import chex
+
 KERAS = Dialect(
     library="Keras",
     separator="/",
@@ -40,7 +45,7 @@ KERAS = Dialect(
 
 def from_keras(
     state: Any,
-    variables: Any,
+    variables: chex.ArrayTree,
     *,
     names: Mapping[str, str] | None = None,
     prefix: str = "",
@@ -118,7 +123,7 @@ def from_keras(
 
 
 def to_keras(
-    variables: Any,
+    variables: chex.ArrayTree,
     *,
     names: Mapping[str, str] | None = None,
     prefix: str = "",

@@ -1,7 +1,9 @@
 """The map of names, proposed."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnjax.tools.convert._correspondence import leaves_of, tree_of
 from bnjax.tools.convert._haiku import HAIKU
@@ -12,11 +14,14 @@ from bnjax.tools.convert._propose import propose
 from bnjax.tools.convert._torch import TORCH
 from bnjax.tools.convert._torch_state import tensors_of
 
+if TYPE_CHECKING:
+    import chex
+
 _LIBRARIES = {"torch": TORCH, "keras": KERAS, "haiku": HAIKU}
 
 
 def propose_names(
-    state: Any, variables: Any, *, library: str, apply_fn: Callable[..., Any] | None = None, x: Any = None
+    state: Any, variables: chex.ArrayTree, *, library: str, apply_fn: Callable[..., Any] | None = None, x: Any = None
 ) -> dict[str, str]:
     r"""Returns the argument `names` of :func:`from_torch`, :func:`from_keras` and :func:`from_haiku`, proposed.
 

@@ -1,7 +1,9 @@
 """PyTorch state dicts to variables and back: names, layouts, and what the words mean."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +26,9 @@ from bnjax.tools.convert._propose import advice, propose
 from bnjax.tools.convert._torch_layout import flattened_of, to_flax_axes, to_torch_axes
 from bnjax.tools.convert._torch_state import array_of, tensors_of, transposed_of, wrapper_of
 
+if TYPE_CHECKING:
+    import chex
+
 TORCH = Dialect(
     library="PyTorch",
     separator=".",
@@ -40,7 +45,7 @@ TORCH = Dialect(
 
 def from_torch(
     state: Any,
-    variables: Any,
+    variables: chex.ArrayTree,
     *,
     names: Mapping[str, str] | None = None,
     prefix: str = "",
@@ -135,7 +140,7 @@ def from_torch(
 
 
 def to_torch(
-    variables: Any,
+    variables: chex.ArrayTree,
     *,
     names: Mapping[str, str] | None = None,
     prefix: str = "",
