@@ -208,6 +208,10 @@ def follow(teacher: Any, student: Any, *, momentum: jax.Array | float = 0.999) -
     References:
       Cai et al. 2021, "Exponential Moving Average Normalization for Self-supervised and Semi-supervised Learning",
       https://arxiv.org/abs/2101.08482, section 3.2.
+
+    Differences: none in what is averaged; the authors' program too copies the student's counter, `num_batches_tracked`.
+    But here a counter may matter: with `debias`, `momentum=None` or a schedule it says how much the student's averages
+    have taken, and the teacher's trail those. So let a teacher follow, and do not train it on.
     """
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:
         raise ValueError(f"momentum is the weight of the OLD value and must be in [0, 1]; got {momentum!r}.")
