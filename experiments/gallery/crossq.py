@@ -6,7 +6,7 @@ Command:  python -m experiments.gallery.crossq                  # --smoke: secon
 Hardware: 2 CPU cores
 Time:     10 min of one core
 
-Bhatt, Palenicek et al. 2024, https://openreview.net/forum?id=PczQtTsTIX. A critic that predicts its own targets meets
+Bhatt, Palenicek et al. 2024, https://arxiv.org/abs/1902.05605. A critic that predicts its own targets meets
 two distributions: actions of the replay buffer in (s, a), and those of the policy of today in (s', a'). Normalising
 each by itself would give the target another network than the prediction; normalised together, in one forward pass over
 both, they share statistics, and the target network goes. The policy is trained and acts by running averages.
