@@ -12,7 +12,7 @@ import tyro
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-TABLE = re.compile(r"(?<=<!-- studies in (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- studies in (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def table(folder: str) -> str:
 
 def readme() -> str:
     """Returns experiments/README.md with its tables of studies renewed."""
-    return TABLE.sub(lambda match: table(match[1]), README.read_text())
+    return TABLE.sub(lambda match: match[1] + table(match[2]), README.read_text())
 
 
 def main(write: bool = False) -> None:

@@ -37,7 +37,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
     """Trains once; yields the test error of the network and of both averages with each kind of statistics."""
     data, steps = embedded_digits(), config.pick(640, 32)
     model = StridedNet(partial(BatchNorm, momentum=0.9), config.pick((8, 16, 32), (2, 4)))
-    apply_fn = jax.jit(partial(model.apply, train=False, mutable=["batch_stats"]))
+    apply_fn = partial(model.apply, train=False, mutable=["batch_stats"])
     images = [image / np.float32(255) for image in np.split(data.train.images[::2], 10)]
     score, averages = study.scorer(model), {}
     options = dict(steps=steps, every=EVERY, batch_size=50, seed=seed)
