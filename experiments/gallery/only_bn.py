@@ -70,7 +70,7 @@ CLAIMS = (
     Claim("All parameters learn more than scale and bias", accuracy(ALL), ">", accuracy(ONLY_BN)),
 )
 DISTANCE = (
-    "a CNN of three layers on 4,000 digits instead of ResNets of up to 866 layers on CIFAR-10; depth and width, which "
+    "a CNN of three layers on 4,000 digits instead of ResNets on CIFAR-10; depth and width, which "
     "the paper finds to matter, do not vary, and the two weights are the first ones, not random ones."
 )
 
