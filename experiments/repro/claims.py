@@ -107,10 +107,11 @@ def verdict(claims: Sequence[Claim], lines: list[Line]) -> str:
     counts = Counter(each.verdict for each in found)
     part = FAILS if counts[FAILS] else UNDECIDED
     whole = HOLDS if counts[HOLDS] == len(found) else "in part" if counts[HOLDS] else part
-    each = ", ".join(f"{counts[v]} {v}" for v in (HOLDS, FAILS, UNDECIDED) if counts[v]) if len(counts) > 1 else ""
+    words = {FAILS: "refuted", UNDECIDED: "undecided"}
+    others = "".join(f", {counts[v]} {word}" for v, word in words.items() if counts[v])
+    each = f" ({counts[HOLDS]} of {len(found)} hold{others})" if len(counts) > 1 else ""
     number = len({line["seed"] for line in lines})
-    seeds = f"{number} seed{'s' * (number > 1)}"
-    return f"**{whole}**, {seeds}{f' ({each})' if each else ''}. {claims[0].text}: {found[0]}"
+    return f"**{whole}**, {number} seed{'s' * (number > 1)}{each}. {claims[0].text}: {found[0]}"
 
 
 def table(claims: Sequence[Claim], lines: list[Line]) -> str:
