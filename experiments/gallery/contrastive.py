@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         features = x.mean((1, 2))
         hidden = nn.relu(self.norm()(nn.Dense(self.widths[-1], use_bias=False)(features), **flags))
         z = nn.Dense(32)(hidden)
-        return features, z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+        return features, z * jax.lax.rsqrt((z**2).sum(-1, keepdims=True) + 1e-12)  # a row of zeros stays one
 
 
 def view(image: jax.Array, key: jax.Array) -> jax.Array:
