@@ -9,6 +9,7 @@ from typing import Any
 
 MOVED = {  # below `experiments.`
     "plots": "train.plots",
+    "repro.order": "article.order",
     "repro_bjorck2018_figure1": "repro.bjorck2018",
     "repro_he2016_resnet20": "repro.he2016",
     "repro_hoffer2017_large_batches": "repro.hoffer2017",

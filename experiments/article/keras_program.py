@@ -2,7 +2,7 @@
 
 Claim:    From the same weights the port of the article's Keras program has the losses of the original to 1e-5 over 20
           steps, and learns as much in its 5 epochs.
-Command:  python -m experiments.article.keras_program --seeds 5      # --smoke: seconds
+Command:  python -m experiments.article.keras_program                # --smoke: seconds
 Hardware: 2 CPU cores
 Time:     5 min of one core
 

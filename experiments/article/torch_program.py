@@ -2,7 +2,7 @@
 
 Claim:    From the same weights the port of the article's PyTorch program has the losses of the repaired original to
           1e-5 over its 5 full-batch steps.
-Command:  python -m experiments.article.torch_program --seeds 5      # --smoke: seconds
+Command:  python -m experiments.article.torch_program                # --smoke: seconds
 Hardware: 2 CPU cores
 Time:     5 min of one core
 

@@ -107,14 +107,15 @@ def verdict(lines: list[Line], port: str, original: str) -> str:
     if found is None:
         return "not compared: the original's library is not installed"
     holds = "holds" if found.max() <= TOLERANCE else "does not hold"
-    return f"{holds}: over the first {found.shape[1]} steps the losses differ by {found.max():.1e} at most"
+    apart_by = f"Over the first {found.shape[1]} steps the losses differ by {found.max():.1e} at most"
+    return f"**{holds}**, {len(found)} seeds. {apart_by}"
 
 
 def table(lines: list[Line], settings: dict[str, Any], port: str, original: str) -> str:
     """Returns the verdict, and the accuracy of each setting at its end."""
     names = "mean loss", "accuracy", "accuracy, training mode"
     heading = "loss in the last epoch", "test accuracy, %", "by the test batch's own statistics, %"
-    text = [f"Seeds: {len({line['seed'] for line in lines})}. {verdict(lines, port, original)}.", ""]
+    text = [f"{verdict(lines, port, original)}.", ""]
     text += [f"| | {' | '.join(heading)} |", "|---" * 4 + "|"]
     for setting in [s for s in settings if any(line["setting"] == s for line in lines)]:
         loss, *accuracies = (curves(lines, setting, "epoch", name)[1][:, -1] for name in names)

@@ -28,6 +28,7 @@ from bnjax.linen import BatchNorm, GhostBatchNorm
 from experiments.data.images import Labelled, Splits
 from experiments.models.convolutional import Norm
 from experiments.repro import study
+from experiments.repro.claims import Claim, Measure, of
 from experiments.train.devices import DATA
 from experiments.train.loop import Partition
 
@@ -165,7 +166,7 @@ def draw(lines: list[study.Line], figure: Figure) -> None:
         axes.set_yticks([tick for tick in ticks if low <= tick <= high])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.legend(fontsize="small")
+        study.below(axes)
 
 
 def first(lines: list[study.Line], setting: str) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +175,28 @@ def first(lines: list[study.Line], setting: str) -> tuple[np.ndarray, np.ndarray
     return share, loss[0]
 
 
-STUDY = study.Study("hoffer2017", tuple(SETTINGS), trial, table, draw, devices=8, size=(14, 4.5))
+def test_error(setting: str) -> Measure:
+    """Returns a measure: the test error at the end in %."""
+    return of(setting, "accuracy", lambda values: 100 * (1 - values[-1]))
+
+
+SMALL_BATCH, LARGE_BATCH, HIGH, GHOSTS, LONG = map(test_error, PAPER)
+CLAIMS = (
+    Claim("The large batch errs more than the small one", LARGE_BATCH, ">", SMALL_BATCH),
+    Claim("A higher rate mends some of it", HIGH, "<", LARGE_BATCH),
+    Claim("Ghost batches mend more", GHOSTS, "<", HIGH),
+    Claim("As many steps as the small batch mend more", LONG, "<", GHOSTS),
+    Claim("With all three the large batch errs as the small one", LONG, "=", SMALL_BATCH, 0.5),
+    Claim("Global statistics on 8 devices err as one device", test_error("global, 8 devices"), "=", HIGH, 0.5),
+    Claim("Local statistics on 8 devices err as ghost batches", test_error("local, 8 devices"), "=", GHOSTS, 0.5),
+)
+DISTANCE = (
+    "Fashion-MNIST instead of MNIST, batches of 512 instead of 4,096, 5,000 images; no clipped gradient and no "
+    "noise in it."
+)
+STUDY = study.Study(
+    "hoffer2017", tuple(SETTINGS), trial, table, draw, devices=8, size=(14, 5.5), claims=CLAIMS, distance=DISTANCE
+)
 
 if __name__ == "__main__":
     study.run(STUDY, __doc__)

@@ -24,6 +24,7 @@ from bnjax.linen import BatchNorm
 from experiments.data.images import embedded_digits
 from experiments.models.convolutional import Norm, Unnormalised
 from experiments.repro import study
+from experiments.repro.claims import Claim, Measure, first_step, of
 from experiments.train.loop import as_float
 
 BATCH, EVERY, UNIT = 60, 50, 0
@@ -76,13 +77,13 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
 def table(lines: list[study.Line]) -> str:
     """Makes a table: steps to two accuracies, the final accuracy, and how far the median input of the sigmoid moves."""
     text = [
-        "| | steps to 80 % | steps to 90 % | final accuracy | wandering of the median input |",
+        "| | steps to 80 % | steps to 85 % | final accuracy | wandering of the median input |",
         "|---|---|---|---|---|",
     ]
     for setting in NORMS:
         steps, accuracy = study.curves(lines, setting, "step", "accuracy")
         _, percentiles = study.curves(lines, setting, "step", "percentiles")
-        reached = [study.steps_to(steps, accuracy, level) for level in (0.8, 0.9)]
+        reached = [study.steps_to(steps, accuracy, level) for level in (0.8, 0.85)]
         wandering = np.abs(np.diff(percentiles[..., 1], axis=1)).sum(1)
         cells = [*reached, study.spread(accuracy[:, -1]), study.spread(wandering, 1)]
         text.append(f"| {setting} | {' | '.join(cells)} |")
@@ -90,21 +91,38 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Draws accuracy, and percentiles of the sigmoid's input without and with BN, as the paper's (a), (b), (c)."""
+    """Draws accuracy, and percentiles of the sigmoid's input without and with BN, as figure 1 of the paper does."""
     accuracy, *inputs = figure.subplots(1, 3)
     for setting in NORMS:
         study.band(accuracy, *study.curves(lines, setting, "step", "accuracy"), label=setting)
-    accuracy.set(xlabel="training step", ylabel="accuracy on held-back digits", title="(a)")
-    accuracy.legend()
-    for axes, setting, letter in zip(inputs, ("without", "with BN"), "bc", strict=True):
+    accuracy.set(xlabel="training step", ylabel="accuracy on held-back digits")
+    study.below(accuracy)
+    for axes, setting in zip(inputs, ("without", "with BN"), strict=True):
         steps, percentiles = study.curves(lines, setting, "step", "percentiles")
         for k, percentile in enumerate(PERCENTILES):
             axes.plot(steps, percentiles[0, :, k], label=f"{percentile} %")
-        axes.set(xlabel="training step", ylabel="input of one sigmoid (first seed)", title=f"({letter}) {setting}")
-        axes.legend()
+        axes.set(xlabel="training step", ylabel="input of one sigmoid (first seed)", title=setting)
+        study.below(axes, 3)
+    low, high = zip(*(axes.get_ylim() for axes in inputs), strict=True)
+    for axes in inputs:
+        axes.set_ylim(min(low), max(high))
 
 
-STUDY = study.Study("ioffe2015", tuple(NORMS), trial, table, draw)
+WITH, WITHOUT = NORMS
+
+
+def wandering(setting: str) -> Measure:
+    """Returns a measure: how far the median input of the sigmoid moves in all."""
+    return of(setting, "percentiles", lambda values: np.abs(np.diff(values[:, 1])).sum())
+
+
+# To 85 %, because 90 % lies on the plateau of the network without BN, where the step is a matter of luck.
+CLAIMS = (
+    Claim("With BN fewer steps to 85 %", first_step(WITH, 0.85), "<", first_step(WITHOUT, 0.85)),
+    Claim("With BN the median input of a sigmoid moves less far", wandering(WITH), "<", wandering(WITHOUT)),
+)
+DISTANCE = "5,000 digits instead of 70,000, and 5,000 steps instead of 50,000; the rate, 0.1, is ours."
+STUDY = study.Study("ioffe2015", tuple(NORMS), trial, table, draw, claims=CLAIMS, distance=DISTANCE)
 
 if __name__ == "__main__":
     study.run(STUDY, __doc__)

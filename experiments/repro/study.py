@@ -1,8 +1,9 @@
 """Runs the trials of a reproduction with several seeds, and writes JSON lines, a table and a picture.
 
 A reproduction is a module `experiments.repro.<paper>` with a `Study`: its settings, a `trial` that yields the lines of
-one setting and seed, and a `table` and a `draw` that read only those lines. The lines of a trial are written when it is
-complete, so that a study which was stopped continues with the missing trials.
+one setting and seed, claims, and a `table` and a `draw`, all of which read only those lines. `experiments.repro.claims`
+decides the claims. The lines of a trial are written when it is complete, so that a study which was stopped continues
+with the missing trials.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ from experiments.data.images import Labelled, Splits, load
 from experiments.data.pipeline import Batch, evaluation_batches, training_batches
 from experiments.errors import ConfigError
 from experiments.jsonl import Line
+from experiments.repro.claims import Claim, verdict
+from experiments.repro.claims import table as claims_table
 from experiments.train.config import Files, Hardware
 from experiments.train.devices import data_mesh, describe, start
 from experiments.train.loop import (
@@ -50,10 +53,10 @@ RESULTS = Path(__file__).parent / "results"
 class Config:
     """Options of a study: how much is run, and where the results go."""
 
-    seeds: int = 3
-    """Trials of each setting, with the seeds 0, 1, ..."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the trials of each setting, such as `--seeds 10 11 12`. Results with other seeds are kept."""
     smoke: bool = False
-    """Run for seconds only: a few steps of each setting with one seed, into a folder `smoke`."""
+    """Run for seconds only: a few steps of each setting with the first seed, into a folder `smoke`."""
     full: bool = False
     """Run at the size of the paper, for larger machines, into a folder `full`."""
     out: Path = RESULTS
@@ -78,6 +81,8 @@ class Study(NamedTuple):
     draw: Callable[[list[Line], Figure], None]
     devices: int = 1  # number of simulated devices
     size: tuple[float, float] = (10, 4)  # of the picture
+    claims: Sequence[Claim] = ()  # written before the runs that decide them
+    distance: str = ""  # how the protocol differs from that of the paper, in a sentence
 
 
 def run(study: Study, doc: str | None, results: Path = RESULTS) -> None:
@@ -123,12 +128,19 @@ def _run(study: Study, config: Config) -> None:
         took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         jsonl.append(file, [*lines, {**which, "kind": "trial", **took, **describe(data_mesh(study.devices))}])
     lines = jsonl.read(file)
-    table = study.table(lines)
+    table = report(study, lines)
     file.with_suffix(".md").write_text(f"{table}\n")
     figure = Figure(figsize=study.size, layout="constrained")
     study.draw(lines, figure)
     figure.savefig(file.with_suffix(".png"), dpi=110)
     print(f"{table}\n\n{_took(lines)}; {file.with_suffix('.png')}")
+
+
+def report(study: Study, lines: list[Line]) -> str:
+    """Returns the page of a study: the verdict, its claims, how far the protocol is from the paper's, and the table."""
+    parts = [verdict(study.claims, lines), claims_table(study.claims, lines)] if study.claims else []
+    distance = [f"Distance from the paper: {study.distance}"] if study.distance else []
+    return "\n\n".join([*parts, *distance, study.table(lines)])
 
 
 def _took(lines: list[Line]) -> str:
@@ -139,11 +151,11 @@ def _took(lines: list[Line]) -> str:
 
 def _missing(study: Study, config: Config, file: Path) -> Iterator[tuple[str, int]]:
     """Yields the trials that are not in the file, with a progress bar; removes the lines of incomplete trials."""
-    seeds = 1 if config.smoke else config.seeds
+    seeds = config.seeds[:1] if config.smoke else config.seeds
     lines = jsonl.read(file) if file.exists() else []
     done = {(line["setting"], line["seed"]) for line in lines if line["kind"] == "trial"}
     jsonl.write(file, [line for line in lines if (line["setting"], line["seed"]) in done])
-    trials = [(setting, seed) for seed in range(seeds) for setting in study.settings]
+    trials = [(setting, seed) for seed in seeds for setting in study.settings]
     missing = [trial for trial in trials if trial not in done]
     if not missing:
         print(f"{file} holds all {len(trials)} trials: drawing these. --out FOLDER runs them again", file=sys.stderr)
@@ -242,11 +254,22 @@ def steps_to(steps: np.ndarray, accuracy: np.ndarray, level: float) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Formats mean ± standard deviation over seeds."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+    """Formats the mean, and the sample standard deviation over seeds where there are several."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def deviation(values: np.ndarray) -> np.ndarray:
+    """Returns the sample standard deviation over seeds, the first axis; 0 for a single seed."""
+    return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
 
 
 def band(axes: Any, x: np.ndarray, y: np.ndarray, label: str, **style: Any) -> None:
     """Draws the mean over seeds as a line, and their range as a band."""
     (line,) = axes.plot(x, y.mean(0), label=label, **style)
     axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+
+
+def below(axes: Any, columns: int = 2, **options: Any) -> None:
+    """Draws the legend below the axes, where it covers no curve."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, fontsize="small", **options)

@@ -31,7 +31,8 @@ def test_smoke(name, tmp_path):
     file = tmp_path / "smoke" / f"{study.name}.jsonl"
     lines = jsonl.read(file)
     assert {line["setting"] for line in lines} == set(study.settings)
-    assert study.table(lines) in out and file.with_suffix(".md").read_text().strip() == study.table(lines)
+    page = repro.report(study, lines)
+    assert page in out and file.with_suffix(".md").read_text().strip() == page
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -54,7 +55,7 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
         yield {"kind": "step", "step": 1, "accuracy": 0.5}
 
     study = repro.Study("study", ("a", "b"), trial, lambda lines: f"{len(lines)} lines", lambda lines, figure: None)
-    monkeypatch.setattr("sys.argv", ["study", "--seeds", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["study", "--seeds", "10", "12", "--out", str(tmp_path)])
     monkeypatch.setattr(repro, "start", lambda hardware: None)  # this process has a fixed number of devices
     repro.run(study, None)
     file = tmp_path / "study.jsonl"
@@ -62,7 +63,7 @@ def test_a_study_goes_on_with_the_trials_that_are_missing(tmp_path, monkeypatch,
     file.write_text("".join(whole.splitlines(keepends=True)[:-2]) + json.dumps({"kind": "step"})[:5])
     ran.clear()
     repro.run(study, None)
-    assert ran == [("b", 1)] and len(jsonl.read(file)) == 8
+    assert ran == [("b", 12)] and len(jsonl.read(file)) == 8
     assert capsys.readouterr().out.count("8 lines") == 2
 
 

@@ -14,7 +14,9 @@ BELOW = {  # what each folder of experiments/ may import of the others
     "data": set(),
     "models": set(),
     "train": {"data", "models"},
-    "repro": {"data", "models", "train", "article"},
+    "repro": {"data", "models", "train"},
+    "article": {"data", "models", "train", "repro"},
+    "gallery": {"data", "models", "train", "repro"},
     "bench": {"models", "train"},
 }
 

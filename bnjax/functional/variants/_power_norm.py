@@ -84,8 +84,11 @@ def power_norm(
     References:
       Shen, Yao, Gholami, Mahoney & Keutzer 2020, https://arxiv.org/abs/2003.07845, algorithm 2.
 
-    Differences: the authors' program first divides each position by its quadratic mean over the channels, starts with
-    thousands of steps by the batch's own ψ, and divides dx by the batch's ψ; algorithm 2 and this function do not.
+    Differences: the authors' program (https://github.com/sIncerass/powernorm, `mask_powernorm.py`) first divides each
+    position by its quadratic mean over the channels, or over each of `group_num` groups of them; normalises by the
+    batch's own ψ for `warmup_iters` steps, 10,000 by default, in which the running one is averaged twice; and divides
+    dx by the batch's ψ throughout. Algorithm 2 and this function do none of this, so train with a warm-up of the
+    learning rate.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)

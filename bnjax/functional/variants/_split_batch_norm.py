@@ -62,6 +62,10 @@ def split_batch_norm(
     References:
       Xie et al. 2020 (AdvProp), https://arxiv.org/abs/1911.09665, section 4; Chang et al. 2019 (DSBN),
       https://arxiv.org/abs/1906.03950.
+
+    Differences: timm's `SplitBatchNorm2d` cuts one mixed batch into equal parts, in order, a part for each of its
+    layers, and evaluates with the first. Here a call has one domain, so parts may have any size, and evaluation any
+    domain.
     """
     shape = _axes.layout_of(jnp.asarray(x), axis).shape
     return batch_norm(

@@ -1,0 +1,87 @@
+"""Tests the parts of the gallery that its claims rest on: who shares statistics, what trains, what stays at home."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnjax.linen import BatchNorm
+from experiments.gallery import clients, contrastive, crossq, only_bn
+from experiments.models.convolutional import StridedNet
+
+IMAGES = np.random.default_rng(0).random((8, 8, 12, 12, 1), np.float32)  # devices, images of each
+
+
+def started(setting):
+    model = contrastive.Encoder(contrastive.SETTINGS[setting], (4,))
+    return model, model.init(jax.random.key(0), IMAGES[0], use_running_average=True)
+
+
+def second_views(setting, views):
+    """Returns the projections of the second views, `[devices, images, 32]`."""
+    model, variables = started(setting)
+    on_device = partial(contrastive.encode, model, setting == contrastive.SHUFFLED, variables, key=jax.random.key(1))
+    return jax.vmap(lambda *each: on_device(each)[1], axis_name=contrastive.DATA)(views, views)
+
+
+@pytest.mark.parametrize("setting", contrastive.SETTINGS)
+def test_who_shares_statistics(setting):
+    """Checks that other images of a device change an embedding, and whether those of another device do."""
+    changed = IMAGES.copy()
+    changed[1:] = changed[1:, :, ::-1] ** 2
+    alone = np.allclose(second_views(setting, IMAGES)[0], second_views(setting, changed)[0], atol=1e-6)
+    assert alone == (setting == contrastive.LOCAL)
+
+
+def test_the_pair_is_what_contrast_looks_for():
+    z = jnp.eye(4, 8)
+    loss, found = contrastive.contrast(z, z)
+    others = 1 / contrastive.TEMPERATURE
+    np.testing.assert_allclose(loss, np.log(np.exp(others) + 6) - others, rtol=1e-5)
+    assert found == 1 and contrastive.contrast(z, jnp.roll(z, 1, 0))[1] == 0
+
+
+def test_two_parameters_of_each_channel_train():
+    model = StridedNet(partial(BatchNorm, momentum=0.9), (4, 8))
+    params = model.init(jax.random.key(0), IMAGES[0], train=False)["params"]
+    counts = {}
+    for setting in only_bn.SETTINGS:
+        masks = jax.tree.map(jnp.broadcast_to, only_bn.trained(setting, params), jax.tree.map(jnp.shape, params))
+        counts[setting] = int(sum(mask.sum() for mask in jax.tree.leaves(masks)))
+    assert counts[only_bn.ONLY_BN] == counts[only_bn.TWO_WEIGHTS] == 2 * (4 + 8)
+    assert counts[only_bn.OUTPUT] == sum(leaf.size for leaf in jax.tree.leaves(params["Dense_0"]))
+    assert counts[only_bn.ALL] == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("setting", clients.SETTINGS)
+def test_what_the_server_averages(setting):
+    rng = np.random.default_rng(0)
+    own = {
+        name: {k: jnp.asarray(rng.random((10, 3))) for k in ("scale", "bias")} for name in ("BatchNorm_0", "Dense_0")
+    }
+    stats = {"BatchNorm_0": {k: jnp.asarray(rng.random((10, 3))) for k in ("mean", "var")}}
+    params, kept = clients.share(setting, own, stats)
+
+    def alike(leaf):
+        return bool(np.allclose(leaf, leaf[:1]))
+
+    assert alike(params["Dense_0"]["bias"])
+    assert alike(params["BatchNorm_0"]["scale"]) == (setting != clients.FED)
+    assert alike(kept["BatchNorm_0"]["mean"]) == (setting in (clients.AVERAGED, clients.MERGED))
+    if setting == clients.MERGED:
+        means, variances = (np.asarray(stats["BatchNorm_0"][k]) for k in ("mean", "var"))
+        np.testing.assert_allclose(kept["BatchNorm_0"]["var"][0], variances.mean(0) + means.var(0), rtol=1e-5)
+
+
+def test_crossq_shares_statistics_and_sac_does_not():
+    """Checks that the next actions change Q of the current ones in CrossQ alone."""
+    rng = np.random.default_rng(0)
+    now, then, other = (jnp.asarray(rng.random((16, 4), np.float32)) for _ in range(3))
+    for setting in crossq.SETTINGS:
+        agent = crossq.Agent(setting, 10)
+        learner = agent.start(0)
+        one, two = (agent.joint(learner.variables["critic"], learner.targets, now, x)[0] for x in (then, other))
+        assert one.shape == (2, 16)
+        assert np.allclose(one, two, atol=1e-6) == (not setting.startswith("CrossQ")), setting
