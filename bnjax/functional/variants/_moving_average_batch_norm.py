@@ -127,12 +127,13 @@ def moving_average_batch_norm(
       Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838, section 4; `warmup` and `r_max` as in
       the authors' program.
 
-    Differences from the authors' program (https://github.com/megvii-model/MABN, `MABN.py`): before there are m batches
-    the average is over those there are, there it is the newest alone; a warm-up of 100 is 100 steps here and 99 there,
-    where the first step counts as 1 and the comparison is strict; r is 1 for `warmup` steps, there for 1000, because
-    `var` starts without a bias here; and `var` averages the quadratic means of the batches, there their averages over m
-    batches once more. The program's buffer is given as two batch sizes, m = `real_B // B`. Its convolutions subtract
-    from each kernel its mean, per output channel, before they use it (`CenConv2d`); the guide to small batches shows how.
+    Differences from the authors' program (https://github.com/megvii-model/MABN, `MABN.py`): before there are m batches,
+    the average is over those so far; theirs is the newest batch alone. A warm-up of 100 is 100 steps here and 99 there,
+    because their first step counts as 1 and the comparison is strict. r is 1 for `warmup` steps, theirs for 1000,
+    because `var` starts without a bias here. `var` averages the quadratic means of the batches; theirs averages the
+    averages over m batches. The program's buffer is given as two batch sizes, m = `real_B // B`. Its convolutions
+    subtract from each kernel its mean, per output channel, before they use it (`CenConv2d`); the guide to small batches
+    has a program for that.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)

@@ -48,6 +48,10 @@ def follow(teacher: chex.ArrayTree, student: chex.ArrayTree, *, momentum: jax.Ar
     References:
       Cai et al. 2021, "Exponential Moving Average Normalization for Self-supervised and Semi-supervised Learning",
       https://arxiv.org/abs/2101.08482, section 3.2.
+
+    Differences: the averages are those of the paper. As in the authors' program, counters of batches are copied from
+    the student. Here a counter may matter: with `debias`, `momentum=None` or a schedule it says how many batches the
+    averages of the student have taken, and those of the teacher lag behind. So do not train a teacher that follows.
     """
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:
         raise ValueError(f"momentum is the weight of the OLD value and must be in [0, 1]; got {momentum!r}.")
