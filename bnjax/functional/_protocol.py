@@ -29,7 +29,7 @@ class Normalization:
     `normalize_running`   y by the running averages
     `averaged_moments`    the moments of a batch that the running averages follow (recalibrate, inspect)
     `evaluation_affine`   a and c of y = a·x + c in evaluation (fold, export)
-    `keeps_mean`          False where the running mean is always 0 (converters, inspect)
+    `keeps_mean`          False where the running mean is always 0 (converters refuse states with another mean)
     `is_constant`         True where no call and no tool changes the statistics
     ===================== ============================================================================
 

@@ -11,6 +11,7 @@ from bnjax.tools import _trees
 from bnjax.tools._sound import check_variances
 from bnjax.tools._trees import Tree, show
 from bnjax.tools.convert._correspondence import Array, Leaf
+from bnjax.tools.convert._layers import Layer
 from bnjax.tools.convert._options import shortened
 
 
@@ -42,6 +43,7 @@ def filled(
     leaves: Sequence[Leaf],
     state: Mapping[str, Any],
     convert: Callable[[Any, Leaf], Array],
+    layers: Mapping[str, Layer],
     *,
     advice: Callable[[], str],
     partial: Sequence[str] | None = None,
@@ -54,6 +56,7 @@ def filled(
       leaves: what each leaf is called in `state`.
       state: arrays by name.
       convert: makes of a value of `state` an array in Flax's order of axes.
+      layers: what is known of the modules, by name.
       advice: what an error adds on names that do not correspond.
       partial: patterns of modules that keep their values where `state` has none that fit.
 
@@ -74,6 +77,8 @@ def filled(
     values, kept, used = dict[int, jax.Array](), dict[str, str](), set[str]()
     for module, held in by_module.items():
         new, why = _converted(held, state, convert)
+        if not (why or layers.get(module, Layer()).keeps_mean):
+            why = _has_means(held, new)
         if why and module not in may_stay:
             raise ValueError(f"{why}. If {module or 'it'} should keep the values it has: partial=[{module!r}].")
         if why:
@@ -123,6 +128,14 @@ def _converted(
             return [], f"{leaf.key} has shape {value.shape} in Flax's order of axes; {here}"
         values.append(value)
     return values, ""
+
+
+def _has_means(held: Sequence[Leaf], values: Sequence[Array]) -> str:
+    """Returns why a layer that keeps no mean cannot take these values; empty if their means are 0."""
+    for leaf, value in zip(held, values, strict=True):
+        if leaf.role == "mean" and np.any(value):
+            return f"{leaf.key} holds means that are not 0, and {leaf.module} is a layer that subtracts none"
+    return ""
 
 
 def _may_stay(modules: Mapping[str, Any], partial: Sequence[str] | None) -> set[str]:

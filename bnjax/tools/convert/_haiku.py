@@ -103,6 +103,7 @@ def from_haiku(
         leaves,
         values,
         lambda value, leaf: to_flax_axes(np.asarray(value), leaf, kernels),
+        layers,
         advice=lambda: advice(propose(values, leaves, HAIKU, layers), HAIKU),
     )
 

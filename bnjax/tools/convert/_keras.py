@@ -117,6 +117,7 @@ def from_keras(
         leaves,
         weights,
         lambda value, leaf: to_flax_axes(array_of(leaf.key, value), leaf, kernels),
+        layers,
         advice=proposed,
         partial=partial,
     )

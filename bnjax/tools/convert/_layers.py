@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
+from bnjax.functional import Normalization
+
 # A jitted model that ran before is traced again: what jit keeps of it was made without looking at its modules.
 _tracing = jax.make_user_context(None)
 
@@ -17,6 +19,7 @@ class Layer(NamedTuple):
     transposed: bool = False  # a transposed convolution
     transpose_kernel: bool = False  # that option of it: the kernel is stored as [..., out, in], and not mirrored
     rank: int | None = None  # of one kernel; more where layers are stacked by vmap or scan
+    keeps_mean: bool = True  # False for a normalization whose running mean is always 0
 
 
 def layers_of(variables: Any, apply_fn: Callable[..., Any] | None, x: Any) -> dict[str, Layer]:
@@ -37,6 +40,8 @@ def layers_of(variables: Any, apply_fn: Callable[..., Any] | None, x: Any) -> di
 def _layer(module: Any) -> Layer:
     if isinstance(module, (nn.Dense, nn.DenseGeneral, nnx.Linear, nnx.LinearGeneral)):
         return Layer(rank=2)
+    if isinstance(module, Normalization):
+        return Layer(keeps_mean=module.keeps_mean)
     if not isinstance(module, (nn.Conv, nn.ConvTranspose, nnx.Conv, nnx.ConvTranspose)):
         return Layer()
     size = module.kernel_size

@@ -136,7 +136,7 @@ def from_torch(
     def proposed() -> str:
         return advice(propose(tensors, leaves, TORCH, layers), TORCH)
 
-    return filled(tree, check_distinct(leaves), tensors, convert, advice=proposed, partial=partial)
+    return filled(tree, check_distinct(leaves), tensors, convert, layers, advice=proposed, partial=partial)
 
 
 def to_torch(
