@@ -15,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LARGE_TABLE = 8  # rows of one test function
-KEPT = 4  # one row in so many of a larger table runs by default
+KEPT = 6  # one row in so many of a larger table runs by default
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -200,15 +200,15 @@ def test_the_committed_tables_are_those_of_the_committed_lines(kind):
     assert len({line["seed"] for line in lines}) >= 5
     assert {line["setting"] for line in lines} == set(program.SETTINGS)  # the originals among them
     assert file.with_suffix(".md").read_text().strip() == program.STUDY.table(lines)
-    assert training.verdict(lines, program.PORT, program.ORIGINAL).startswith("holds")
+    assert training.verdict(lines, program.PORT, program.ORIGINAL).startswith("**holds**")
 
 
 def test_the_verdict_is_a_rule():
     def lines(setting, losses):
         return [{"setting": setting, "seed": 0, "step": n, "loss": loss} for n, loss in enumerate(losses)]
 
-    assert training.verdict(lines("a", [1, 0.5]) + lines("b", [1, 0.500005]), "a", "b").startswith("holds")
-    assert training.verdict(lines("a", [1, 0.5]) + lines("b", [1, 0.50002]), "a", "b").startswith("does not hold")
+    assert training.verdict(lines("a", [1, 0.5]) + lines("b", [1, 0.500005]), "a", "b").startswith("**holds**")
+    assert training.verdict(lines("a", [1, 0.5]) + lines("b", [1, 0.50002]), "a", "b").startswith("**does not hold**")
     assert training.verdict(lines("a", [1, 0.5]), "a", "b").startswith("not compared")
 
 

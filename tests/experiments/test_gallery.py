@@ -75,6 +75,7 @@ def test_what_the_server_averages(setting):
         np.testing.assert_allclose(kept["BatchNorm_0"]["var"][0], variances.mean(0) + means.var(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_crossq_shares_statistics_and_sac_does_not():
     """Checks that the next actions change Q of the current ones in CrossQ alone."""
     rng = np.random.default_rng(0)

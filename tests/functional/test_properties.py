@@ -54,6 +54,7 @@ def test_permuting_rows_permutes_the_output(x, random):
     assert_close(normalised(x[order]), normalised(x)[order], 64 * U, conditioning(x))
 
 
+@pytest.mark.slow
 @given(batches(), st.data())
 def test_any_split_merges_to_the_whole(x, data):
     cut = data.draw(st.integers(0, len(x)))
@@ -126,6 +127,7 @@ def test_scale_and_bias_are_affine(x, scale, bias):
     assert_close(y, normalised(x) * float(scale) + float(bias), 64 * U, size)
 
 
+@pytest.mark.slow
 @given(batches(), st.data())
 def test_sharding_does_not_matter(x, data):
     """Checks that a mapped axis, with any weights per part, gives the moments of the whole batch."""

@@ -171,6 +171,7 @@ def test_labels_train_only_batch_norm():
         np.testing.assert_array_equal(update, -1.0 if path.startswith("BatchNorm") else 0.0, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", zoo.nnx_norms())
 def test_nnx_optimizer_takes_both(norm):
     model = zoo.nnx_net(norm)

@@ -21,6 +21,7 @@ def test_the_reference_is_the_oracle_s():
     np.testing.assert_allclose(dx, wanted.dx, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_errors_of_each_layer_are_those_of_its_rounding():
     rows = list(conformance.rows((8, 2, 2, 4)))
     ours = [row for row in rows if row["norm"] == "bnjax" and row["dtype"] == "float32"]

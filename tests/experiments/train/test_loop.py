@@ -65,6 +65,7 @@ def once(data: Labelled) -> Callable[[str, int], tuple[TrainState, Metrics]]:
     return cache(partial(trained, data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("partition", "devices"), [("shard_map", 1), ("shard_map", 8), ("jit", 8)])
 def test_partition_and_devices_change_nothing(once, partition: str, devices: int) -> None:
     (state, metrics), reference = once(partition, devices), once("jit", 1)  # one device, where the batch is not split
@@ -90,6 +91,7 @@ def test_what_the_backward_pass_updates_goes_from_step_to_step(data: Labelled) -
     assert (kept["steps"] == STEPS).all() and (kept["squares"] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("partition", "devices"), [("shard_map", 4), ("jit", 4)])
 def test_micro_batches_are_the_same_on_any_devices(once, partition: str, devices: int) -> None:
     (state, metrics), reference = once(partition, devices, 2), once("jit", 1, 2)

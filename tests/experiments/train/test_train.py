@@ -96,6 +96,7 @@ def signalled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, finish(process)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_cleanly(signalled: tuple[Path, str]) -> None:
     out, text = signalled
     stopped = re.search(rf"stopped after (\d+) of {STEPS} steps .* --resume goes on", text)
@@ -146,6 +147,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors_are_one_line(whole: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
     assert main(["--smoke", "--out", str(whole), *ERRORS[message]]) == 2
@@ -155,6 +157,7 @@ def test_errors_are_one_line(whole: Path, capsys: pytest.CaptureFixture[str], me
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_process_with_status_2(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").touch()
     text = finish(start("--out", tmp_path, "--resume"), status=2)

@@ -91,6 +91,7 @@ def mobile():
     return model, variables, zoo.images(), tools.fold(model.apply, variables, zoo.images())
 
 
+@pytest.mark.slow
 def test_a_network(mobile):
     model, variables, x, folded = mobile
     assert (len(folded.pairs), folded.left) == (5, {})
