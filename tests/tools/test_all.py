@@ -92,7 +92,6 @@ NNX = {
 NO_TREE = {
     "entropy",
     "fields_from_haiku",
-    "fields_from_keras",
     "fields_from_torch",
     "read_arrays",
     "frozen_norms",
