@@ -24,6 +24,12 @@ pytestmark = [
 TOLERANCE = 1e-4  # of the largest value: some ten roundings of float32 in each of up to twenty layers
 
 
+@pytest.fixture(autouse=True)
+def rank_promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def installed(*packages):
     return all(importlib.util.find_spec(package) for package in packages)
 
@@ -131,12 +137,9 @@ if installed("sbx", "stable_baselines3", "torch"):
             return bnjax.BatchRenorm(epsilon=1e-3, **limits, **fields)
 
         monkeypatch.setattr(policies, "BatchRenorm", renorm)
-        with jax.numpy_rank_promotion("allow"):
-            agent = sbx.CrossQ(
-                "MlpPolicy", "Pendulum-v1", learning_starts=100, seed=0, policy_kwargs={"net_arch": [64]}
-            )
-            before = jax.tree.map(np.array, agent.policy.qf_state.batch_stats)
-            agent.learn(600)
+        agent = sbx.CrossQ("MlpPolicy", "Pendulum-v1", learning_starts=100, seed=0, policy_kwargs={"net_arch": [64]})
+        before = jax.tree.map(np.array, agent.policy.qf_state.batch_stats)
+        agent.learn(600)
         after = agent.policy.qf_state.batch_stats
         assert agent._n_updates >= 500
         for tree in (after, agent.policy.qf_state.params, agent.policy.actor_state.params):

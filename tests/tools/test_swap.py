@@ -81,6 +81,7 @@ class Copied(nn.Module):
             mean.value, var.value = (
                 self.momentum * old.value + (1 - self.momentum) * new for old, new in ((mean, m), (var, v))
             )
+        m, v, scale, bias = (jnp.expand_dims(a, axes) for a in (m, v, scale, bias))
         return (x - m) / jnp.sqrt(v + self.epsilon) * scale + bias
 
 
