@@ -142,7 +142,7 @@ def test_a_proposal_for_an_nnx_module(library):
             self.norm = bnjax.nnx.BatchNorm(3, rngs=rngs)
             self.m = nnx.Conv(3, 3, (3, 3), rngs=rngs)
 
-    blank = nnx.eval_shape(Module)
+    blank = Module()
     graph, values = nnx.split(blank)
     model = nnx.merge(graph, zoo.trained(values))
     state = to(model, names=wanted)
