@@ -23,7 +23,6 @@ from bnjax.tools._swap import swap_back as swap_back
 from bnjax.tools._swapped_norms import swapped_norms as swapped_norms
 from bnjax.tools.convert import Loaded as Loaded
 from bnjax.tools.convert import fields_from_haiku as fields_from_haiku
-from bnjax.tools.convert import fields_from_keras as fields_from_keras
 from bnjax.tools.convert import fields_from_torch as fields_from_torch
 from bnjax.tools.convert import from_haiku as from_haiku
 from bnjax.tools.convert import from_keras as from_keras

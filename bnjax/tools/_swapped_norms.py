@@ -1,6 +1,6 @@
 """bnjax's batch normalization in a linen model that was written with Flax's, without editing the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,14 +9,15 @@ import jax
 from flax import nnx
 
 import bnjax.linen
-from bnjax.tools._described import is_flax
+from bnjax.tools._described import is_flax, is_norm, own_class, unsaid
 from bnjax.tools._frozen_norms import refuse_where_code_pauses
 from bnjax.tools._layers import Call, handling, no_handling
 from bnjax.tools._swap import check_fields
+from bnjax.tools._trees import show
 
 
 @contextmanager
-def swapped_norms(**fields: Any) -> Iterator[None]:
+def swapped_norms(*, copies: Sequence[type[nn.Module]] = (), **fields: Any) -> Iterator[None]:
     r"""Runs `flax.linen.BatchNorm` layers as `bnjax.linen.BatchNorm` does, with the same variables.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
@@ -28,6 +29,8 @@ def swapped_norms(**fields: Any) -> Iterator[None]:
     It holds for one thread, and must be entered in an ordinary function, as :func:`frozen_norms`.
 
     Args:
+      copies: classes that compute what `flax.linen.BatchNorm` does, with the same variables and names of fields: some
+        packages have a copy of it. They run as bnjax's layer too, except in `init`.
       fields: fields for all the layers, as in :func:`swap`. With `debias`, `count_skipped`, and a `momentum` that is
         None or a function, the layers count batches in further variables: then `init` must run within it too.
 
@@ -35,7 +38,9 @@ def swapped_norms(**fields: Any) -> Iterator[None]:
       A context manager.
 
     Raises:
-      ValueError: another field.
+      ValueError: another field; or, when it runs, a layer with a running mean and variance that is neither Flax's,
+        nor bnjax's, nor in `copies`.
+      TypeError: `copies` holds something else than linen classes.
       RuntimeError: entered in a coroutine or a generator.
 
     Examples:
@@ -50,13 +55,25 @@ def swapped_norms(**fields: Any) -> Iterator[None]:
       [-1.  1.] [1.]
     """
     check_fields(fields)
+    copies = tuple(copies)
+    if not all(isinstance(cls, type) and issubclass(cls, nn.Module) for cls in copies):
+        raise TypeError(f"copies must hold classes of linen modules; got {copies}.")
     refuse_where_code_pauses("swapped_norms")
 
     def run(call: Call) -> jax.Array:
         module = call.module
-        if isinstance(module, nnx.Module) or not is_flax(module):
+        if isinstance(module, nnx.Module) or not is_norm(module):
             return call.run(call.x)
-        own = {k: getattr(module, k) for k in nn.BatchNorm.__dataclass_fields__ if k not in ("parent", "name")}
+        if not is_flax(module) and not isinstance(module, copies):
+            if unsaid(module):
+                name = own_class(module).__name__
+                raise ValueError(
+                    f"{show(call.path)}: {name} holds a running mean and variance, is not Flax's BatchNorm, and "
+                    f"would stay as it is. If it computes the same, write swapped_norms(copies=[{name}])."
+                )
+            return call.run(call.x)
+        names = set(nn.BatchNorm.__dataclass_fields__) - {"parent", "name"}
+        own = {name: getattr(module, name) for name in names if hasattr(module, name)}
         ours = bnjax.linen.BatchNorm(**{**own, **fields}, parent=module.scope)
         options = dict(call.options)
         if "use_running_average" in fields:
@@ -65,7 +82,7 @@ def swapped_norms(**fields: Any) -> Iterator[None]:
             return ours(call.x, **options)
 
     key = tuple(sorted((name, _hashable(value)) for name, value in fields.items()))
-    with handling(run, key=("swapped", key)):
+    with handling(run, key=("swapped", copies, key)):
         yield
 
 

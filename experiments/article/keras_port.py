@@ -14,8 +14,9 @@ import optax
 from flax import linen as nn
 
 from bnjax.linen import BatchNorm
-from bnjax.tools import fields_from_keras, from_keras, to_keras
+from bnjax.tools import from_keras, to_keras
 
+DEFAULTS = dict(momentum=0.99, epsilon=1e-3)  # of keras.layers.BatchNormalization
 NAMES = {
     "Conv_0": "sequential/conv2d",
     "BatchNorm_0": "sequential/batch_normalization",
@@ -35,7 +36,7 @@ class KerasNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """images: `[N, 28, 28, 1]` float. Returns the logits, `[N, 10]`."""
         glorot = nn.initializers.glorot_uniform()
-        norm = BatchNorm(use_running_average=not train, **fields_from_keras())
+        norm = BatchNorm(use_running_average=not train, **DEFAULTS)
         x = nn.Conv(32, (3, 3), padding="VALID", kernel_init=glorot)(images)
         x = nn.relu(norm(x)) if self.bn_first else norm(nn.relu(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from bnjax.tools import fields_from_keras, recalibrate
+from bnjax.tools import recalibrate
 from experiments.article import keras_port, training
 from experiments.data.images import Labelled
 from experiments.repro import study
 
 PORT, ORIGINAL, FULL_BATCH = "port", "original in Keras", "port, 5 full-batch steps"
 SETTINGS = {PORT: 32, ORIGINAL: 32, FULL_BATCH: None}  # images in each step; None: all
-EPSILON = fields_from_keras()["epsilon"]
+EPSILON = keras_port.DEFAULTS["epsilon"]
 INSTALLED = importlib.util.find_spec("keras") is not None
 EVALUATED = (
     "running averages of x",

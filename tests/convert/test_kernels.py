@@ -1,5 +1,6 @@
 """Tests how converters tell a transposed convolution's kernel from a plain one: by modules, the caller, or an error."""
 
+import functools
 import importlib.util
 import itertools
 
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from bnjax import tools
+from tests.support import zoo
 
 RNG = np.random.default_rng(0)
 SIZES = (2, 3, 2)  # of kernels, different in each direction
@@ -72,6 +74,19 @@ class Net(nn.Module):
         return layer(nn, self.rank, self.outputs, self.transposed, self.transpose_kernel, name=self.called)(x)
 
 
+@functools.cache
+def compiled(*fields):
+    """Returns the linen layer of these fields as a function of its kernel and x, compiled once for all tests."""
+    net = Net(*fields)
+    return jax.jit(lambda kernel, x: net.apply({"params": {"layer": {"kernel": kernel}}}, x))
+
+
+@functools.cache
+def compiled_nnx(rank, outputs, transposed, option):
+    """Returns the nnx layer of these fields as a function of its graph, its state and x, compiled once."""
+    return jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x), static_argnums=0)
+
+
 FROM = {"torch": tools.from_torch, "keras": tools.from_keras}
 TO = {"torch": tools.to_torch, "keras": tools.to_keras}
 WORD = {"torch": "layer.weight", "keras": "layer/kernel", "haiku": "layer/w"}
@@ -119,7 +134,7 @@ def test_known_by_the_module(case):
             self.layer = layer(nnx, rank, outputs, transposed, option, in_features=inputs, rngs=nnx.Rngs(0))
 
     model = load(library, kernel, nnx.eval_shape(Module))
-    close(model.layer(x), wanted)
+    close(compiled_nnx(rank, outputs, transposed, option)(*nnx.split(model.layer), x), wanted)
     np.testing.assert_array_equal(save(library, model, kernel), kernel)
 
     linen = Net(rank, outputs, transposed, option)
@@ -127,7 +142,7 @@ def test_known_by_the_module(case):
     for apply_fn in (linen.apply, jax.jit(linen.apply)):
         options = dict(apply_fn=apply_fn, x=jax.ShapeDtypeStruct(x.shape, x.dtype))
         variables = load(library, kernel, blank, **options)
-        close(linen.apply(variables, x), wanted)
+        close(compiled(rank, outputs, transposed, option)(variables["params"]["layer"]["kernel"], x), wanted)
         np.testing.assert_array_equal(save(library, variables, kernel, **options), kernel)
 
 
@@ -140,8 +155,12 @@ def test_known_by_the_caller(case):
     kernel = kernel_of(library, rank, inputs, outputs, transposed)
     x = RNG.normal(size=(2, *(4,) * rank, inputs)).astype(np.float32)
     linen, said = Net(rank, outputs, transposed), dict(transposed=["layer"] if transposed else [])
-    variables = load(library, kernel, linen.init(jax.random.key(0), x), **said)
-    close(linen.apply(variables, x), formula(library, kernel, x.astype(np.float64), transposed))
+    variables = load(library, kernel, jax.eval_shape(linen.init, jax.random.key(0), x), **said)
+    loaded = variables["params"]["layer"]["kernel"]
+    close(
+        compiled(rank, outputs, transposed, False)(loaded, x),
+        formula(library, kernel, x.astype(np.float64), transposed),
+    )
     np.testing.assert_array_equal(save(library, variables, kernel, **said), kernel)
 
 
@@ -155,7 +174,7 @@ def test_known_by_nobody(case, called):
     if library == "haiku" and option and called:
         return  # that option changes no shape of Haiku's: from_haiku says that only the module tells it
     linen = Net(rank, outputs, transposed, option, called)
-    blank = linen.init(jax.random.key(0), x)
+    blank = zoo.trained(jax.eval_shape(linen.init, jax.random.key(0), x))
     (name,) = blank["params"]
     try:
         variables = load(library, kernel, blank, names={name: "layer"})
@@ -164,7 +183,9 @@ def test_known_by_nobody(case, called):
         assert inputs == outputs or {inputs, outputs} == {1, 3}, "refused though shapes tell"
         assert name != "Conv_0", "refused though the name tells"
     else:
-        close(linen.apply(variables, x), formula(library, kernel, x.astype(np.float64), transposed))
+        loaded = variables["params"][name]["kernel"]
+        wanted = formula(library, kernel, x.astype(np.float64), transposed)
+        close(compiled(rank, outputs, transposed, option)(loaded, x), wanted)
     if inputs == outputs > 1 and name != "Conv_0":
         with pytest.raises(ValueError, match="fits a convolution as well as a transposed one"):
             save(library, blank, kernel, names={name: "layer"})

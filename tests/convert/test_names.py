@@ -86,7 +86,7 @@ class Deep(nn.Module):
 
 def deep(named):
     model, x = Deep(named), jnp.ones((1, 6, 6, 4))
-    return model, x, zoo.trained(model.init(jax.random.key(0), x))
+    return model, x, zoo.trained(jax.eval_shape(model.init, jax.random.key(0), x))
 
 
 def elsewhere(library, variables):
@@ -142,12 +142,13 @@ def test_a_proposal_for_an_nnx_module(library):
             self.norm = bnjax.nnx.BatchNorm(3, rngs=rngs)
             self.m = nnx.Conv(3, 3, (3, 3), rngs=rngs)
 
-    graph, values = nnx.split(Module())
+    blank = Module()
+    graph, values = nnx.split(blank)
     model = nnx.merge(graph, zoo.trained(values))
     state = to(model, names=wanted)
     state = dict(sorted(state.items(), key=lambda item: item[0].split(separator)[1]))
-    assert tools.propose_names(state, Module(), library=library) == wanted
-    zoo.assert_trees_equal(nnx.state(given(state, Module(), names=wanted)), nnx.state(model))
+    assert tools.propose_names(state, blank, library=library) == wanted
+    zoo.assert_trees_equal(nnx.state(given(state, blank, names=wanted)), nnx.state(model))
 
 
 class Branches(nn.Module):
@@ -170,7 +171,7 @@ def test_branches_in_another_order(library):
     """Checks shortcuts that PyTorch defines last: the layers before each one identify it."""
     given, to, separator = LIBRARIES[library]
     model, x = Branches(), jnp.ones((1, 6, 6, 3))
-    variables = zoo.trained(model.init(jax.random.key(0), x))
+    variables = zoo.trained(jax.eval_shape(model.init, jax.random.key(0), x))
     wanted = {
         f"b{i}_{kind}_{layer}": separator.join(("layers", str(i), there + str(at)))
         for i in range(3)

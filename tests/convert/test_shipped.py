@@ -148,7 +148,7 @@ def run(model, x):
 
 
 def norm():
-    return bnjax.BatchNorm(use_running_average=True, **tools.fields_from_keras())
+    return bnjax.BatchNorm(use_running_average=True, epsilon=1e-3, momentum=0.99)
 
 
 if SEQUENCES := folder("spliceai", "keras"):

@@ -81,7 +81,7 @@ def images(seed=0, rows=8, size=6, rank=4):
 
 
 def trained(variables, seed=1):
-    """Replaces initial values by random ones, positive for variances and scales, so that nothing cancels by chance."""
+    """Replaces values or shapes by random values, positive for variances and scales, so that nothing cancels."""
     keyed, structure = jax.tree_util.tree_flatten_with_path(variables)
     rng = np.random.default_rng(seed)
 
@@ -98,12 +98,11 @@ def trained(variables, seed=1):
 
 def linen_net(net=ConvNet, x=None, **fields):
     model = net(**fields)
-    return model, trained(model.init(jax.random.key(0), images() if x is None else x))
+    return model, trained(jax.eval_shape(model.init, jax.random.key(0), images() if x is None else x))
 
 
 def nnx_net(norm):
-    model = NnxNet(norm, nnx.Rngs(0))
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(nnx.eval_shape(lambda: NnxNet(norm, nnx.Rngs(0))))
     return nnx.merge(graph, trained(state))
 
 

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import operator
+import re
 
 import jax
 import numpy as np
@@ -92,7 +94,6 @@ NNX = {
 NO_TREE = {
     "entropy",
     "fields_from_haiku",
-    "fields_from_keras",
     "fields_from_torch",
     "read_arrays",
     "frozen_norms",
@@ -134,6 +135,21 @@ def test_every_tool_has_an_example(name):
     for part in ("Args:", "Examples:"):
         assert part in doc, part
     assert "Raises:" in doc or name == "entropy"
+
+
+FOR_MODELS_OF_FLAX = {"swap", "swap_back", "swapped_norms"}  # their examples build layers of Flax
+
+
+@pytest.mark.parametrize("name", [name for name in vars(tools) if not name.startswith("_")])
+def test_docstrings_name_the_layers_that_they_mean(name):
+    """Checks that a layer is one of bnjax that exists, or is said to be another library's by its full name."""
+    prose, _, examples = inspect.getdoc(getattr(tools, name)).partition("Examples:")
+    text = prose if name in FOR_MODELS_OF_FLAX else prose + examples
+    for layer in re.findall(r"(?<![\w.])((?:\w+\.)+\w*Norm\w*)", text):
+        library, _, path = layer.partition(".")
+        assert library in ("bnjax", "flax", "haiku", "keras", "torch"), f"{layer} may be Flax's or bnjax's"
+        if library == "bnjax":
+            operator.attrgetter(path)(bnjax)
 
 
 @pytest.mark.parametrize("name", LINEN)

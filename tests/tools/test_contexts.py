@@ -11,6 +11,7 @@ import pytest
 
 import bnjax
 from bnjax import tools
+from tests.support import zoo
 
 NORM, X = bnjax.linen.BatchNorm(use_running_average=False), jnp.array([[4.0], [6.0]])
 VARIABLES = NORM.init(jax.random.key(0), X)
@@ -93,3 +94,37 @@ def test_as_a_decorator():
 def test_no_layers():
     with pytest.raises(ValueError, match="layers is empty"), tools.frozen_norms(layers=[]):
         pass
+
+
+@pytest.mark.parametrize("norm", zoo.LINEN_NORMS)
+@pytest.mark.parametrize("jitted_first", [False, True])
+def test_frozen_norms(norm, jitted_first):
+    """Checks evaluation inside the context and training outside it, whatever jit has cached before."""
+    model, variables = zoo.linen_net(norm=norm)
+    train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    x = zoo.images(3)
+    if jitted_first:
+        train(variables, x)
+    with tools.frozen_norms():
+        y, updates = train(variables, x)
+    np.testing.assert_allclose(y, model.apply(variables, x), rtol=1e-5, atol=1e-5)
+    zoo.assert_trees_equal(updates["batch_stats"], variables["batch_stats"])
+    with tools.frozen_norms(layers=["BatchNorm_0"]):
+        _, some = train(variables, x)
+    _, none = train(variables, x)
+    zoo.assert_trees_equal(some["batch_stats"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"])
+    for thawed in (some["batch_stats"]["BatchNorm_1"], none["batch_stats"]["BatchNorm_0"]):
+        assert not any(
+            np.array_equal(a, b) for a in thawed.values() for b in variables["batch_stats"]["BatchNorm_0"].values()
+        )
+    with pytest.raises(ValueError, match="sequence of patterns"), tools.frozen_norms("BatchNorm_0"):
+        pass
+
+
+def test_frozen_norms_inside_scan_and_vmap():
+    model, variables = zoo.linen_net(zoo.Nested)
+    x = zoo.images()
+    with tools.frozen_norms():
+        y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, model.apply(variables, x), rtol=1e-5, atol=1e-5)
+    zoo.assert_trees_equal(updates["batch_stats"], variables["batch_stats"])

@@ -61,6 +61,50 @@ def test_linen_over_a_named_axis():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), updates, wanted_updates)
 
 
+class Copied(nn.Module):
+    """A copy of Flax's layer, as some packages have one."""
+
+    use_running_average: bool
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        average, features = self.use_running_average, x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        var = self.variable("batch_stats", "var", jnp.ones, features)
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        axes = tuple(range(x.ndim - 1))
+        m, v = (mean.value, var.value) if average else (x.mean(axes), x.var(axes))
+        if not average and not self.is_initializing():
+            mean.value, var.value = (
+                self.momentum * old.value + (1 - self.momentum) * new for old, new in ((mean, m), (var, v))
+            )
+        m, v, scale, bias = (jnp.expand_dims(a, axes) for a in (m, v, scale, bias))
+        return (x - m) / jnp.sqrt(v + self.epsilon) * scale + bias
+
+
+def test_a_copy_of_the_layer():
+    """Checks that a class that is said to compute the same is swapped, and that otherwise its presence is an error."""
+    model, variables = zoo.linen_net(norm=Copied)
+    x = zoo.images()
+
+    def step(x):
+        return model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    message = r"Copied_0: Copied holds .* swapped_norms\(copies=\[Copied\]\)"
+    with pytest.raises(ValueError, match=message), tools.swapped_norms():
+        step(x)
+    wanted = step(x)
+    with tools.swapped_norms(copies=[Copied], axis_name="parts"):
+        parts = jax.vmap(step, axis_name="parts", out_axes=(0, None))(x.reshape(2, 4, *x.shape[1:]))
+    close = lambda a, b: np.testing.assert_allclose(a.reshape(b.shape), b, atol=TOLERANCE)  # noqa: E731
+    jax.tree.map(close, parts, wanted)
+    with pytest.raises(TypeError, match="copies must hold classes of linen modules"), tools.swapped_norms(copies=["x"]):
+        pass
+
+
 class Own(nnx.BatchNorm):
     def __call__(self, x):
         return 2 * super().__call__(x)

@@ -4,7 +4,6 @@ from bnjax.tools.convert._fill import Loaded as Loaded
 from bnjax.tools.convert._haiku import fields_from_haiku as fields_from_haiku
 from bnjax.tools.convert._haiku import from_haiku as from_haiku
 from bnjax.tools.convert._haiku import to_haiku as to_haiku
-from bnjax.tools.convert._keras import fields_from_keras as fields_from_keras
 from bnjax.tools.convert._keras import from_keras as from_keras
 from bnjax.tools.convert._keras import to_keras as to_keras
 from bnjax.tools.convert._propose_names import propose_names as propose_names

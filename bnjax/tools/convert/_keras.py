@@ -63,7 +63,7 @@ def from_keras(
     Kernels have one layout in both, but for depthwise ones (`[h, w, in, multiplier]` becomes `[h, w, 1, out]`) and
     those of transposed convolutions, which are mirrored; how these are told from others stands in :func:`from_torch`.
     A `SeparableConv` is two modules in Flax, a depthwise convolution and one of size 1, that have one name in `names`.
-    momentum means the same; Keras' default epsilon is 1e-3: see :func:`fields_from_keras`.
+    momentum means the same in both. Keras' defaults are `epsilon=1e-3, momentum=0.99`: write them into the layers.
 
     Args:
       state: the Keras model itself; or arrays of any shapes by name: `{w.path: w.numpy() for w in model.weights}`, or
@@ -169,28 +169,3 @@ def to_keras(
     return {
         leaf.key: copied(to_keras_axes(np.asarray(tree.leaves[leaf.at]), leaf, kernels, multipliers)) for leaf in leaves
     }
-
-
-def fields_from_keras(momentum: float = 0.99, epsilon: float = 1e-3) -> dict[str, Any]:
-    r"""Returns the fields of `bnjax.BatchNorm` for the arguments of `keras.layers.BatchNormalization`.
-
-    .. math:: \mathrm{momentum} = \mathrm{momentum}_\text{Keras}, \quad \epsilon = \epsilon_\text{Keras}
-
-    Args:
-      momentum: Keras': the weight of the OLD value.
-      epsilon: Keras' epsilon; its default is 1e-3, Flax's 1e-5.
-
-    Returns:
-      `momentum` and `epsilon`.
-
-    Raises:
-      ValueError: momentum outside [0, 1].
-
-    Examples:
-      >>> from bnjax import tools
-      >>> tools.fields_from_keras()
-      {'momentum': 0.99, 'epsilon': 0.001}
-    """
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"Keras' momentum is the weight of the OLD value and must be in [0, 1]; got {momentum}.")
-    return dict(momentum=momentum, epsilon=epsilon)

@@ -119,15 +119,24 @@ def close(actual, wanted, largest=TOLERANCE):
     np.testing.assert_allclose(actual, wanted, atol=largest * np.abs(wanted).max(), rtol=0)
 
 
+def fold_and_run(table, shapes, change=lambda variables: None):
+    """Returns the outputs of the model and of both forms of the folded one, the variables, and what fold says.
+
+    The functions and the precision are those that `fold` compiled its comparison with, so that nothing compiles again.
+    """
+    model, variables, x = branches.linen(table, shapes)
+    change(variables)
+    apply_fn = model.apply
+    result = tools.fold(apply_fn, variables, x)
+    calls = ((apply_fn, variables), (apply_fn, result.variables), (result.apply_fn, result.stripped))
+    with jax.default_matmul_precision("highest"):
+        outputs = [jax.jit(f)(v, x) for f, v in calls]
+    return (*outputs, variables, result)
+
+
 @pytest.fixture(scope="module")
 def folded():
-    """Returns the outputs of the model, of both forms of the folded one, and what fold says."""
-    model, variables, x = branches.linen(
-        {n: run for n, (run, _) in TABLE.items()}, {n: s for n, (_, s) in TABLE.items()}
-    )
-    result = tools.fold(model.apply, variables, x)
-    outputs = [jax.jit(f)(v, x) for f, v in ((model.apply, variables), (model.apply, result.variables))]
-    return (*outputs, jax.jit(result.apply_fn)(result.stripped, x), variables, result)
+    return fold_and_run({n: run for n, (run, _) in TABLE.items()}, {n: s for n, (_, s) in TABLE.items()})
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -191,32 +200,35 @@ def test_nnx(norm):
     table = {name: functools.partial(make, norm) for name, (make, *_) in LAYERS.items()}
     with nnx.use_eager_sharding(False):  # the names of axes are kept, and there is no mesh
         model, x = branches.in_nnx(table, {name: shape for name, (_, shape, _) in LAYERS.items()})
-        y, result = model(x), tools.fold(lambda m, x: m(x), model, x)
+        result = tools.fold(lambda m, x: m(x), model, x)
+        run = jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x), static_argnums=0)
+        y, *others = (run(*nnx.split(m), x) for m in (model, result.variables, result.stripped))
     assert result.left == {}
     assert {pair.norm.split("/")[1]: pair.side for pair in result.pairs} == {n: s for n, (*_, s) in LAYERS.items()}
-    for other in (result.variables, result.stripped):
-        jax.tree.map(close, other(x), y)
+    for other in others:
+        jax.tree.map(close, other, y)
     assert not jax.tree.leaves(nnx.state(result.stripped, nnx.BatchStat))
 
 
 def test_both_sides_of_one_layer():
     """Checks BN → Dense → BN: the dense layer absorbs the norm before it and the one after it."""
     table = {"both": lambda x: nn.relu(Norm()(nn.Dense(4)(Norm()(x))))}
-    model, variables, x = branches.linen(table, {"both": ROWS})
-    result = tools.fold(model.apply, variables, x)
+    y, _, stripped, _, result = fold_and_run(table, {"both": ROWS})
     assert [pair.side for pair in result.pairs] == ["next", "previous"]
-    close(result.apply_fn(result.stripped, x)["both"], model.apply(variables, x)["both"])
+    close(stripped["both"], y["both"])
 
 
 def test_channels_of_scale_zero():
     """Checks that channels with scale zero fold without a division by zero."""
     table = {name: TABLE[name][0] for name in ("dense", "before_dense", "before_dense_no_bias")}
-    model, variables, x = branches.linen(table, dict.fromkeys(table, ROWS))
-    for branch in variables["params"].values():
-        branch["BatchNorm_0"]["scale"] = branch["BatchNorm_0"]["scale"].at[1].set(0.0)
-    result, y = tools.fold(model.apply, variables, x), model.apply(variables, x)
+
+    def change(variables):
+        for branch in variables["params"].values():
+            branch["BatchNorm_0"]["scale"] = branch["BatchNorm_0"]["scale"].at[1].set(0.0)
+
+    y, _, stripped, _, result = fold_and_run(table, dict.fromkeys(table, ROWS), change)
     assert len(result.pairs) == len(table)
-    jax.tree.map(close, result.apply_fn(result.stripped, x), y)
+    jax.tree.map(close, stripped, y)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -226,9 +238,7 @@ def test_half_precision_keeps_the_dtypes(dtype):
         "out": lambda x: nn.relu(Norm(dtype=jnp.float32)(nn.Conv(4, (3,), dtype=dtype)(x))),
         "in": lambda x: nn.Dense(4, dtype=dtype)(Norm(dtype=dtype)(x)),
     }
-    model, variables, x = branches.linen(table, dict.fromkeys(table, SIGNAL))
-    result, y = tools.fold(model.apply, variables, x), model.apply(variables, x)
-    stripped = result.apply_fn(result.stripped, x)
+    y, _, stripped, _, result = fold_and_run(table, dict.fromkeys(table, SIGNAL))
     assert len(result.pairs) == 2
     assert jax.tree.map(jnp.result_type, stripped) == jax.tree.map(jnp.result_type, y)
     assert result.difference < 4 * float(jnp.finfo(dtype).eps)
