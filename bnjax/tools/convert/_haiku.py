@@ -54,7 +54,7 @@ def from_haiku(
     r"""Returns variables with the values of a Haiku network.
 
     .. math:: \mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var}, \mathrm{steps} =
-              \mathtt{scale}, \mathtt{offset}, \mathtt{mean\ema/average}, \mathtt{var\ema/average}, \mathtt{counter}
+              \mathtt{scale}, \mathtt{offset}, \mathtt{mean\_ema/average}, \mathtt{var\_ema/average}, \mathtt{counter}
 
     Haiku's averages leave out the zeros that they started from: they are those of `debias=True`, for whose `steps` the
     counter is taken, and training goes on as in Haiku. Into variables that count no steps go the averages alone, and
