@@ -80,17 +80,17 @@ def test_stop_and_resume_in_the_middle_of_an_epoch(
     assert_same_run(whole[0], tmp_path / "out")
 
 
-def test_two_processes_give_the_numbers_of_one(
-    whole: tuple[Path, str], folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    """Checks the losses of the first epoch: later, rounding has grown."""
-    options = [*NETWORK, *RECIPE, *ENDING, "--data-dir", folder, "--out", tmp_path / "out", "--devices", 4]
-    options += ["--workers", 0, "--coordinator", free_address(), "--processes", 2]
-    started = [start(*options, "--process-id", index, environment=environment) for index in (0, 1)]
+def test_two_processes_give_the_numbers_of_one(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """Checks the losses of an epoch with statistics of the whole batch; groups of devices hold other images then."""
+    plain = [option for option in RECIPE if option not in ("--bn-group", 2)]
+    options = [*NETWORK, *plain, "--epochs", 1, "--data-dir", folder, "--workers", 0]
+    two = [*options, "--out", tmp_path / "two", "--devices", 4, "--coordinator", free_address(), "--processes", 2]
+    started = [start(*two, "--process-id", index, environment=environment) for index in (0, 1)]
     states = {re.search(r"state ([0-9a-f]{12})$", finish(process).strip())[1] for process in started}
     assert len(states) == 1
-    for one, two in zip(learning(whole[0])[:4], learning(tmp_path / "out"), strict=False):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+    finish(start(*options, "--out", tmp_path / "one", "--devices", 8, environment=environment))
+    losses = [[line["loss"] for line in learning(tmp_path / name)] for name in ("one", "two")]
+    np.testing.assert_allclose(*losses, rtol=1e-3)  # rounding grows tenfold a step in this narrow network
 
 
 WRONG = {
