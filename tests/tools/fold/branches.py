@@ -58,7 +58,7 @@ def linen(table, shapes):
 
 def in_nnx(table, shapes):
     """Builds the module of a table, in evaluation and with other values than the initial ones, and an input for it."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: NnxBranches(table, nnx.Rngs(0))))
+    graph, state = nnx.split(NnxBranches(table, nnx.Rngs(0)))
     model = nnx.merge(graph, zoo.trained(state))
     model.eval()
     return model, inputs(shapes)
