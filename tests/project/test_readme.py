@@ -5,7 +5,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -17,20 +16,14 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "project")
-PEERS = ("equinox", "haiku")  # what blocks may import of the extra `peers`
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT / "docs")))
 def test_page(page):
-    """Runs the code blocks of a page one after the other, in one namespace; says which need a library of others."""
-    names, missing = {"__name__": "__main__"}, []
+    """Runs the code blocks of a page one after the other, in one namespace."""
+    names = {"__name__": "__main__"}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
-        needed = [peer for peer in PEERS if re.search(rf"^import {peer}\b", block, re.M) and not find_spec(peer)]
-        missing += needed
-        if not needed:
-            exec(compile(block, page.name, "exec"), names)
-    if missing:
-        pytest.skip(f"all but the blocks for {missing} ran: install the extra peers")
+        exec(compile(block, page.name, "exec"), names)
 
 
 def test_program_of_several_processes(tmp_path):
