@@ -160,7 +160,9 @@ def normalize_batch(
         # The derivative in `a` sums dy·u. XLA:CPU computes that sum in one loop only if nothing else reads u. If u
         # were z, which dx reads too, it would be written to memory in the forward pass and kept. So u is x − K,
         # written in terms that XLA does not find equal to those of z, and the value of y comes from z. A block thus
-        # keeps two activations and not three.
+        # keeps two activations and not three. The sum overflows, and the derivative is not finite, where Σ|dy·(x − K)|
+        # exceeds 3e38 in float32; a factor against that would be a second vector in the loop, which XLA:CPU does not
+        # fuse.
         u = wide + expand(-batch.K)
         y = value_of(z * expand(a) + expand(c), u * expand(a * rstd) + expand(c))
     else:  # NaN at weight 0 is read as the mean, so that it reaches neither y nor the derivative
