@@ -214,3 +214,21 @@ def test_a_proposal_for_haiku():
     zoo.assert_trees_equal(tools.from_haiku(*prefixed, zoo.trained(variables, 3), names=names), variables)
     with pytest.raises(ValueError, match=r"All of it fits with prefix='net/~/'|fits with names="):
         tools.from_haiku(*prefixed, variables)
+
+
+class Backwards(nnx.Module):
+    """Runs its layers in an order other than the alphabetical one of their names."""
+
+    def __init__(self, rngs):
+        self.z = nnx.Linear(4, 4, rngs=rngs)
+        self.m = nnx.Linear(4, 4, rngs=rngs)
+        self.a = nnx.Linear(4, 4, rngs=rngs)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_sorted_attributes_say_nothing_of_the_order(copied):
+    """Checks that layers of one shape are left out of the proposal where a copy of the module has lost their order."""
+    state = {f"net.{i}.{name}": np.ones(shape) for i in range(3) for name, shape in (("weight", (4, 4)), ("bias", 4))}
+    make = lambda: Backwards(nnx.Rngs(0))  # noqa: E731
+    found = tools.propose_names(state, nnx.eval_shape(make) if copied else make(), library="torch")
+    assert found == ({} if copied else {"z": "net.0", "m": "net.1", "a": "net.2"})

@@ -20,7 +20,7 @@ from bnjax.tools.convert._haiku_state import (
     variances,
 )
 from bnjax.tools.convert._kernels import kernels_of
-from bnjax.tools.convert._layers import layers_of
+from bnjax.tools.convert._layers import layers_of, order_of
 from bnjax.tools.convert._propose import advice, propose
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def from_haiku(
         values,
         lambda value, leaf: to_flax_axes(np.asarray(value), leaf, kernels),
         layers,
-        advice=lambda: advice(propose(values, leaves, HAIKU, layers), HAIKU),
+        advice=lambda: advice(propose(values, leaves, HAIKU, order_of(variables, layers)), HAIKU),
     )
 
 
@@ -160,9 +160,10 @@ def to_haiku(
     kernels = kernels_of(leaves, layers, transposed)
     like = flat(params) | averages(state, {leaf.key for leaf in leaves if leaf.role == "steps"})
     if like.keys() != (ours := {leaf.key for leaf in leaves}):
+        found = propose(like, leaves, HAIKU, order_of(variables, layers))
         raise ValueError(
             f"the Haiku network and the variables do not correspond: it lacks {sorted(ours - like.keys())} and has "
-            f"{sorted(like.keys() - ours)} besides. {advice(propose(like, leaves, HAIKU, layers), HAIKU)}"
+            f"{sorted(like.keys() - ours)} besides. {advice(found, HAIKU)}"
         )
     values = {
         leaf.key: to_haiku_axes(np.asarray(tree.leaves[leaf.at]), leaf, like[leaf.key], kernels) for leaf in leaves

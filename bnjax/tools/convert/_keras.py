@@ -29,7 +29,7 @@ from bnjax.tools.convert._keras_state import (
     without_renorm,
 )
 from bnjax.tools.convert._kernels import kernels_of
-from bnjax.tools.convert._layers import layers_of
+from bnjax.tools.convert._layers import layers_of, order_of
 from bnjax.tools.convert._propose import advice, propose
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def from_keras(
     weights = with_steps(weights, leaves, steps)
 
     def proposed() -> str:
-        return advice(propose(weights, leaves, KERAS, layers), KERAS)
+        return advice(propose(weights, leaves, KERAS, order_of(variables, layers)), KERAS)
 
     return filled(
         tree,

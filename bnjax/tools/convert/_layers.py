@@ -1,6 +1,6 @@
 """What the modules say of their own kernels: which are transposed convolutions, and in what order the layers run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -35,6 +35,20 @@ def layers_of(variables: Any, apply_fn: Callable[..., Any] | None, x: Any) -> di
             "jax.ShapeDtypeStruct(shape, dtype)."
         )
     return {} if apply_fn is None else _traced(apply_fn, variables, x)
+
+
+def order_of(variables: Any, layers: Mapping[str, Layer]) -> Iterable[str]:
+    """Returns the names of the modules in the order in which they run or are defined; empty where it is not known.
+
+    `nnx.split`, `nnx.merge`, `nnx.clone` and `nnx.eval_shape` sort the attributes of a module by name. So attributes in
+    alphabetical order say nothing about the order of their definition.
+    """
+    if isinstance(variables, nnx.Module):
+        for _, module in nnx.iter_modules(variables):
+            names = [name for name, held in vars(module).items() if isinstance(held, nnx.Module)]
+            if len(names) > 1 and names == sorted(names):
+                return ()
+    return layers
 
 
 def _layer(module: Any) -> Layer:

@@ -9,7 +9,7 @@ from bnjax.tools.convert._correspondence import leaves_of, tree_of
 from bnjax.tools.convert._haiku import HAIKU
 from bnjax.tools.convert._keras import KERAS
 from bnjax.tools.convert._keras_state import weights_of
-from bnjax.tools.convert._layers import layers_of
+from bnjax.tools.convert._layers import layers_of, order_of
 from bnjax.tools.convert._propose import propose
 from bnjax.tools.convert._torch import TORCH
 from bnjax.tools.convert._torch_state import tensors_of
@@ -61,7 +61,8 @@ def propose_names(
         raise ValueError(f"library must be one of {sorted(_LIBRARIES)}; got {library!r}.")
     read = {"torch": tensors_of, "keras": weights_of, "haiku": _flat}[library]
     leaves = leaves_of(variables, tree_of(variables), _LIBRARIES[library], None)
-    return propose(read(state), leaves, _LIBRARIES[library], layers_of(variables, apply_fn, x)).names
+    order = order_of(variables, layers_of(variables, apply_fn, x))
+    return propose(read(state), leaves, _LIBRARIES[library], order).names
 
 
 def _flat(nested: Any) -> dict[str, Any]:

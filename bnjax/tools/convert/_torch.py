@@ -21,7 +21,7 @@ from bnjax.tools.convert._correspondence import (
 )
 from bnjax.tools.convert._fill import filled, with_steps
 from bnjax.tools.convert._kernels import kernels_of
-from bnjax.tools.convert._layers import layers_of
+from bnjax.tools.convert._layers import layers_of, order_of
 from bnjax.tools.convert._propose import advice, propose
 from bnjax.tools.convert._torch_layout import flattened_of, to_flax_axes, to_torch_axes
 from bnjax.tools.convert._torch_state import array_of, tensors_of, transposed_of, wrapper_of
@@ -134,7 +134,7 @@ def from_torch(
         )
 
     def proposed() -> str:
-        return advice(propose(tensors, leaves, TORCH, layers), TORCH)
+        return advice(propose(tensors, leaves, TORCH, order_of(variables, layers)), TORCH)
 
     return filled(tree, check_distinct(leaves), tensors, convert, layers, advice=proposed, partial=partial)
 
