@@ -39,26 +39,35 @@ class Measured(NamedTuple):
     """
 
     K: jax.Array  # what was subtracted from x: 0, or the mean rounded to a few digits less
-    e: jax.Array  # unit·(mean − K)
+    e: jax.Array  # mean − K
     var: jax.Array  # unit²·variance
     unit: jax.Array  # 1 or a power of two
-    inverse: jax.Array  # 1/unit, because XLA:CPU fuses a multiplication but not a division
+    inverse: jax.Array  # 1/unit, selected and not divided, for `once_per_channel`
     count: jax.Array | float | None  # type: ignore[assignment]  # W
 
     @property
     def resolved_var(self) -> jax.Array:
-        """Returns the variance to divide by: at least e²·2⁻²⁴, the size of the rounding of e squared.
+        """Returns the variance to divide by, times unit²: at least e²·2⁻²⁴, the size of the rounding of e squared.
 
         In a constant channel K may be a few units in the last place off. Then x − K and e differ only by rounding, the
         variance is 0, and 1/√ε would magnify that difference. No other channel is changed.
         """
-        return jnp.maximum(self.var, squared(self.e) * 2.0**-24)
+        return jnp.maximum(self.var, squared(self.e * self.unit) * 2.0**-24)
 
 
 def averages(
     c: jax.Array, weights: jax.Array | None, reduction: Reduction, W: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """Returns Σwc/W, Σw|c|²/W and W of each channel, over the rows of all devices in the group, by one all-reduce.
+    """Returns Σwc/W, Σw|c|²/W and W of each channel, with the arguments of `totals`. Where W is 0, so are the sums."""
+    first, second, count = totals(c, weights, reduction, W)
+    n = _at_least_a_row(count)
+    return first / n, second / n, count
+
+
+def totals(
+    c: jax.Array, weights: jax.Array | None, reduction: Reduction, W: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | float]:
+    """Returns Σwc, Σw|c|² and W of each channel, over the rows of all devices in the group, by one all-reduce.
 
     Args:
       c: `[..., C]` in the dtype of the statistics, real or complex.
@@ -72,22 +81,23 @@ def averages(
     """
     (layout, group), rows = reduction, reduction.layout.rows
     if weights is None:
-        sums = [jnp.sum(c, rows), jnp.sum(squared(c), rows)]
         count = math.prod(c.shape[a] for a in rows) * _collectives.group_size(group)
-        first, second = _collectives.pool(sums, group)
-        n = float(max(count, 1))  # a float, because the number of rows may exceed what an int32 holds
-        return first / n, second / n, float(count)
+        first, second = _collectives.pool([jnp.sum(c, rows), jnp.sum(squared(c), rows)], group)
+        return first, second, float(count)  # a float, because the number of rows may exceed what an int32 holds
     known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 does not count
     weighted = known if weights.dtype == bool else weights * known
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
     sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows)]
-    if W is None:
-        first, second, total = _collectives.pool([*sums, _weight_sum(c, weights, layout)], group)
-        W = _as_count(total)
-    else:
+    if W is not None:
         first, second = _collectives.pool(sums, group)
-    rows_or_one = jnp.where(W == 0, 1, W)
-    return first / rows_or_one, second / rows_or_one, W
+        return first, second, W
+    first, second, total = _collectives.pool([*sums, _weight_sum(c, weights, layout)], group)
+    return first, second, _as_count(total)
+
+
+def _at_least_a_row(count: jax.Array | float) -> jax.Array | float:
+    """Returns the count to divide by: 1 where it is 0."""
+    return jnp.where(count == 0, 1, count) if isinstance(count, jax.Array) else max(count, 1.0)
 
 
 def squared(z: jax.Array) -> jax.Array:
@@ -113,7 +123,7 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
 
     Args:
       x: `[..., C]`, any floating or complex dtype.
-      weights: as in `averages`.
+      weights: as in `totals`.
       reduction: the axes and devices whose rows are pooled.
       floor: a variance below this need not be accurate; it is too small to change y.
 
@@ -123,7 +133,9 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     x = lax.stop_gradient(x)
     dtype = statistics_dtype(x)
     largest = jnp.finfo(dtype).max
-    e, square, count = averages(x.astype(dtype), weights, reduction)
+    first, second, count = totals(x.astype(dtype), weights, reduction)
+    n = _at_least_a_row(count)
+    e, square = first / n, second / n
     if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
         one, zero = lax.full_like(square, 1), jnp.zeros_like(square)
         return Measured(e, jnp.zeros_like(e), zero, one, one, count)
@@ -131,23 +143,39 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     near = (squared(e) * (1 + 1 / GUARD) <= square + floor) & (square <= largest)
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
-        """Returns e and the mean square of x − K, times unit and unit²: the sums about the mean found."""
+        """Returns the sums of x − K and its square, times unit and unit²: those about the mean found."""
         # Without the barrier XLA:GPU turns this conditional into a select, which always computes both branches. x
         # enters the branch in its own dtype, because the operands of a branch are written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
-        unit, _ = _units(square, weights, count)
-        centred = (wide - reduction.layout.expand(_rounded(e))) * reduction.layout.expand(unit)
-        return averages(centred, *_of_sum_one(weights, count, reduction))[:2]
+        unit, _ = _units(second / n, weights, count)
+        centred = (wide - reduction.layout.expand(_rounded(first / n))) * reduction.layout.expand(unit)
+        return totals(centred, *_of_sum_one(weights, count, reduction))[:2]
 
-    # The branch receives only e and square. What is computed from them is computed again where it is used, because
-    # XLA:CPU runs a program for each array that is written. Channels that are near keep their first sums, so that no
-    # channel depends on the values in another one. Select outside of the conditional: inside, XLA cannot merge two
-    # identical calls.
-    again = lax.cond(_everywhere(near), lambda: (e, square), about_the_mean)
-    K, units = lax.select(near, jnp.zeros_like(e), _rounded(e)), _units(square, weights, count)
-    e, square = (lax.select(near, old, new) for old, new in zip((e, square), again, strict=True))
+    # The branch receives only the sums. What is computed from them is computed again where it is used, because XLA:CPU
+    # runs a program for each array that is written. Channels that are near keep their first sums, so that no channel
+    # depends on the values in another one. Select outside of the conditional: inside, XLA cannot merge two identical
+    # calls.
+    again = lax.cond(_everywhere(near), lambda: (first, second), about_the_mean)
+    again_n = n if weights is None or weights.dtype == bool else 1.0
+    unit, inverse = _units(square, weights, count)
+    K = once_per_channel(lax.select(near, jnp.zeros_like(e), _rounded(e) * unit), unit)
+    e, square = (lax.select(near, old, new / again_n) for old, new in zip((e, square), again, strict=True))
     var = jnp.maximum(square - squared(e), 0)
-    return Measured(K, e, lax.select(var <= largest, var, lax.full_like(var, jnp.nan)), *units, count)
+    var = lax.select(var <= largest, var, lax.full_like(var, jnp.nan))
+    return Measured(K, once_per_channel(e, unit), var, unit, inverse, count)
+
+
+def once_per_channel(vector: jax.Array, unit: jax.Array) -> jax.Array:
+    """Returns `vector / unit`, so that XLA:CPU computes the vector before it loops over x.
+
+    XLA:CPU fuses a vector into such a loop with all that leads to it, back to an operation that it counts as expensive,
+    such as a division, and then computes all that again for every element of x. A forward pass took up to 1.6 times as
+    long. `unit` is a power of two, which makes the division exact. XLA learns it only when the program runs, so that it
+    can neither remove the division nor turn it into a product.
+    """
+    if jnp.iscomplexobj(vector):
+        return lax.complex(once_per_channel(vector.real, unit), once_per_channel(vector.imag, unit))
+    return vector / unit
 
 
 def _units(square: jax.Array, weights: jax.Array | None, count: jax.Array | float) -> tuple[jax.Array, jax.Array]:
@@ -172,7 +200,7 @@ def _units(square: jax.Array, weights: jax.Array | None, count: jax.Array | floa
 def _of_sum_one(
     weights: jax.Array | None, count: jax.Array | float, reduction: Reduction
 ) -> tuple[jax.Array | None, Reduction, jax.Array | None]:
-    """Returns the weights, reduction and W for `averages`, with floating weights divided by their sum.
+    """Returns the weights, reduction and W for `totals`, with floating weights divided by their sum.
 
     The division keeps huge weights from overflowing; W is 1 then.
     """

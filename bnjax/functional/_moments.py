@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bnjax.functional import _axes, _collectives
 from bnjax.functional._derivative import value_of, widen
-from bnjax.functional._measure import Measured, Reduction, averages, measure, squared
+from bnjax.functional._measure import Measured, Reduction, averages, measure, once_per_channel, squared
 
 
 class Moments(NamedTuple):
@@ -117,16 +117,16 @@ def formula_of(
     """
     known = batch.count if isinstance(batch.count, jax.Array) else None
     mean, square, _ = averages(z, weights, reduction, known)
-    factor = rstd * batch.inverse
-    mean = value_of(batch.e * factor, mean)
-    return mean, value_of(batch.resolved_var * squared(factor), square - squared(mean))
+    mean = value_of(batch.e * rstd, mean)
+    return mean, value_of(batch.resolved_var * squared(rstd * batch.inverse), square - squared(mean))
 
 
 def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
     """Returns 1/√(var + ε): finite also where var is 0 or overflows, NaN where it would underflow (std over 1e37)."""
     least = jnp.finfo(batch.var.dtype).tiny
-    rstd = batch.unit * jax.lax.rsqrt(jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least))
-    return jax.lax.select(rstd >= least, rstd, jax.lax.full_like(rstd, jnp.nan))
+    var = jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least)
+    fits = var <= squared(batch.unit * (1 / least))
+    return once_per_channel(jax.lax.rsqrt(jax.lax.select(fits, var, jax.lax.full_like(var, jnp.nan))), batch.inverse)
 
 
 def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array) -> Moments:
@@ -140,7 +140,7 @@ def moments_of(batch: Measured, rstd: jax.Array, mean: jax.Array, var: jax.Array
     """
     count = batch.count if isinstance(batch.count, jax.Array) else jnp.full_like(batch.var, float(batch.count or 0))
     return Moments(
-        value_of(batch.K + batch.e * batch.inverse, batch.K + mean / rstd),
+        value_of(batch.K + batch.e, batch.K + mean / rstd),
         value_of(batch.var * batch.inverse * batch.inverse, var / rstd / rstd),
         count,
     )

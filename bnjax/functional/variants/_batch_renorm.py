@@ -187,7 +187,7 @@ class _Correction(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         sigma = jnp.sqrt(running.var.astype(rstd.dtype) + self.epsilon)
         r = 1 / (rstd * sigma)
-        d = ((batch.K - running.mean.astype(rstd.dtype)) + batch.e * batch.inverse) / sigma
+        d = ((batch.K - running.mean.astype(rstd.dtype)) + batch.e) / sigma
         return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
 
 
