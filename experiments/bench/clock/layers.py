@@ -37,6 +37,7 @@ SHAPES = {
     "MLP rows": (4096, 512),
     "small image": (32, 8, 8, 16),
     "small rows": (128, 64),
+    "rows of a small MLP": (32, 64),
 }
 QUICK = ("ResNet-50, stage 1", "MLP rows")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
