@@ -4,7 +4,7 @@ Claim:    Without target networks BN or Batch Renorm in the critic learns a pend
           normalization does, and than SAC with target networks.
 Command:  python -m experiments.gallery.crossq                  # --smoke: seconds; --full: 30,000 steps
 Hardware: 2 CPU cores
-Time:     10 min of one core
+Time:     3 min of one core
 
 Bhatt, Palenicek et al. 2024, https://arxiv.org/abs/1902.05605. A critic that predicts its own targets meets
 two distributions: actions of the replay buffer in (s, a), and those of the policy of today in (s', a'). Normalising

@@ -3,7 +3,7 @@
 Claim:    Scale and bias of BN alone, in a random network, learn more than as many other weights of each channel do.
 Command:  python -m experiments.gallery.only_bn                 # --smoke: seconds
 Hardware: 1 CPU core
-Time:     3 min
+Time:     2 min of one core
 
 Frankle, Schwab & Morcos 2021, https://arxiv.org/abs/2003.00152: ResNets on CIFAR-10 and ImageNet in which only BN
 trains. Two parameters of each channel train here too, either scale and bias or two weights of its kernel; the output

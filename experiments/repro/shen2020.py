@@ -4,7 +4,7 @@ Claim:    Statistics taken of batches with more padding harm BN that counts it, 
           LayerNorm, and PowerNorm ahead of it.
 Command:  python -m experiments.repro.shen2020                   # --smoke: seconds; --full: ten times the steps
 Hardware: 1 CPU core
-Time:     12 min of one core
+Time:     17 min of one core
 
 Shen, Yao, Gholami, Mahoney & Keutzer 2020, https://arxiv.org/abs/2003.07845: in Transformers BN is behind LayerNorm,
 because its statistics fluctuate from batch to batch, and PowerNorm ahead of it. Here lines of Python's standard
