@@ -58,16 +58,7 @@ class Measured(NamedTuple):
 def averages(
     c: jax.Array, weights: jax.Array | None, reduction: Reduction, W: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """Returns Σwc/W, Σw|c|²/W and W of each channel, with the arguments of `totals`. Where W is 0, so are the sums."""
-    first, second, count = totals(c, weights, reduction, W)
-    n = _at_least_a_row(count)
-    return first / n, second / n, count
-
-
-def totals(
-    c: jax.Array, weights: jax.Array | None, reduction: Reduction, W: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """Returns Σwc, Σw|c|² and W of each channel, over the rows of all devices in the group, by one all-reduce.
+    """Returns Σwc/W, Σw|c|²/W and W of each channel, over the rows of all devices in the group, by one all-reduce.
 
     Args:
       c: `[..., C]` in the dtype of the statistics, real or complex.
@@ -81,23 +72,22 @@ def totals(
     """
     (layout, group), rows = reduction, reduction.layout.rows
     if weights is None:
+        sums = [jnp.sum(c, rows), jnp.sum(squared(c), rows)]
         count = math.prod(c.shape[a] for a in rows) * _collectives.group_size(group)
-        first, second = _collectives.pool([jnp.sum(c, rows), jnp.sum(squared(c), rows)], group)
-        return first, second, float(count)  # a float, because the number of rows may exceed what an int32 holds
+        first, second = _collectives.pool(sums, group)
+        n = float(max(count, 1))  # a float, because the number of rows may exceed what an int32 holds
+        return first / n, second / n, float(count)
     known = jnp.where(takes_part(weights), c, 0)  # NaN at weight 0 does not count
     weighted = known if weights.dtype == bool else weights * known
     squares = squared(known) if weights.dtype == bool else weights * squared(known)
     sums = [jnp.sum(weighted, rows), jnp.sum(squares, rows)]
-    if W is not None:
+    if W is None:
+        first, second, total = _collectives.pool([*sums, _weight_sum(c, weights, layout)], group)
+        W = _as_count(total)
+    else:
         first, second = _collectives.pool(sums, group)
-        return first, second, W
-    first, second, total = _collectives.pool([*sums, _weight_sum(c, weights, layout)], group)
-    return first, second, _as_count(total)
-
-
-def _at_least_a_row(count: jax.Array | float) -> jax.Array | float:
-    """Returns the count to divide by: 1 where it is 0."""
-    return jnp.where(count == 0, 1, count) if isinstance(count, jax.Array) else max(count, 1.0)
+    rows_or_one = jnp.where(W == 0, 1, W)
+    return first / rows_or_one, second / rows_or_one, W
 
 
 def squared(z: jax.Array) -> jax.Array:
@@ -123,7 +113,7 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
 
     Args:
       x: `[..., C]`, any floating or complex dtype.
-      weights: as in `totals`.
+      weights: as in `averages`.
       reduction: the axes and devices whose rows are pooled.
       floor: a variance below this need not be accurate; it is too small to change y.
 
@@ -133,9 +123,7 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     x = lax.stop_gradient(x)
     dtype = statistics_dtype(x)
     largest = jnp.finfo(dtype).max
-    first, second, count = totals(x.astype(dtype), weights, reduction)
-    n = _at_least_a_row(count)
-    e, square = first / n, second / n
+    e, square, count = averages(x.astype(dtype), weights, reduction)
     if isinstance(count, float) and count == 1:  # one row is its own mean, exactly
         one, zero = lax.full_like(square, 1), jnp.zeros_like(square)
         return Measured(e, jnp.zeros_like(e), zero, one, one, count)
@@ -143,23 +131,23 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction, floor
     near = (squared(e) * (1 + 1 / GUARD) <= square + floor) & (square <= largest)
 
     def about_the_mean() -> tuple[jax.Array, jax.Array]:
-        """Returns the sums of x − K and its square, times unit and unit²: those about the mean found."""
+        """Returns e and the mean square of x − K, times unit and unit²: the sums about the mean found."""
         # Without the barrier XLA:GPU turns this conditional into a select, which always computes both branches. x
         # enters the branch in its own dtype, because the operands of a branch are written to memory.
         wide = lax.optimization_barrier(x).astype(dtype)
-        unit, _ = _units(second / n, weights, count)
-        centred = (wide - reduction.layout.expand(_rounded(first / n))) * reduction.layout.expand(unit)
-        return totals(centred, *_of_sum_one(weights, count, reduction))[:2]
+        unit, _ = _units(square, weights, count)
+        centred = (wide - reduction.layout.expand(_rounded(e))) * reduction.layout.expand(unit)
+        return averages(centred, *_of_sum_one(weights, count, reduction))[:2]
 
-    # The branch receives only the sums. What is computed from them is computed again where it is used, because XLA:CPU
-    # runs a program for each array that is written. Channels that are near keep their first sums, so that no channel
-    # depends on the values in another one. Select outside of the conditional: inside, XLA cannot merge two identical
-    # calls.
-    again = lax.cond(_everywhere(near), lambda: (first, second), about_the_mean)
-    again_n = n if weights is None or weights.dtype == bool else 1.0
+    # The branch receives only e and square. What is computed from them is computed again where it is used, because
+    # XLA:CPU runs a program for each array that is written. Not the sums before the division: the branch could round
+    # e otherwise, and then K would not be the same inside and outside. Channels that are near keep their first sums,
+    # so that no channel depends on the values in another one. Select outside of the conditional: inside, XLA cannot
+    # merge two identical calls.
+    again = lax.cond(_everywhere(near), lambda: (e, square), about_the_mean)
     unit, inverse = _units(square, weights, count)
     K = once_per_channel(lax.select(near, jnp.zeros_like(e), _rounded(e) * unit), unit)
-    e, square = (lax.select(near, old, new / again_n) for old, new in zip((e, square), again, strict=True))
+    e, square = (lax.select(near, old, new) for old, new in zip((e, square), again, strict=True))
     var = jnp.maximum(square - squared(e), 0)
     var = lax.select(var <= largest, var, lax.full_like(var, jnp.nan))
     return Measured(K, once_per_channel(e, unit), var, unit, inverse, count)
@@ -200,7 +188,7 @@ def _units(square: jax.Array, weights: jax.Array | None, count: jax.Array | floa
 def _of_sum_one(
     weights: jax.Array | None, count: jax.Array | float, reduction: Reduction
 ) -> tuple[jax.Array | None, Reduction, jax.Array | None]:
-    """Returns the weights, reduction and W for `totals`, with floating weights divided by their sum.
+    """Returns the weights, reduction and W for `averages`, with floating weights divided by their sum.
 
     The division keeps huge weights from overflowing; W is 1 then.
     """

@@ -125,7 +125,8 @@ def scaled_rstd(batch: Measured, epsilon: float) -> jax.Array:
     """Returns 1/√(var + ε): finite also where var is 0 or overflows, NaN where it would underflow (std over 1e37)."""
     least = jnp.finfo(batch.var.dtype).tiny
     var = jnp.maximum(batch.resolved_var + epsilon * squared(batch.unit), least)
-    fits = var <= squared(batch.unit * (1 / least))
+    # Not `var <= (unit / least)²`: for one channel XLA computes unit² · least⁻², and both are out of range.
+    fits = jax.lax.rsqrt(var) * batch.unit >= least
     return once_per_channel(jax.lax.rsqrt(jax.lax.select(fits, var, jax.lax.full_like(var, jnp.nan))), batch.inverse)
 
 

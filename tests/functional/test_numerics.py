@@ -57,14 +57,15 @@ def test_at_any_scale(std, ratio):
 CONSTANTS = [0.0, 1e-3, 0.1, 1.0, 3.3, -777.7, 99840.0, 1e5, 1e6, -7.77e6, 3e7, 1e9, -7.777e9, 1e10, 1e11, 1e18, 1e30]
 
 
+@pytest.mark.parametrize("channels", [1, 3])  # XLA simplifies the program of a single channel further
 @pytest.mark.parametrize("value", CONSTANTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_constant_channel_gives_the_bias(dtype, value):
-    x = jnp.full((32, 13, 13, 3), value, dtype)
-    bias = jnp.array([-1.0, 0.0, 0.5])
+def test_a_constant_channel_gives_the_bias(dtype, value, channels):
+    x = jnp.full((32, 13, 13, channels), value, dtype)
+    bias = jnp.array([-1.0, 0.0, 0.5])[:channels]
 
     def f(x):
-        return bnjax.batch_norm(x, jnp.array([1.0, 2.0, 0.5]), bias, dtype=jnp.float32)[0]
+        return bnjax.batch_norm(x, jnp.array([1.0, 2.0, 0.5])[:channels], bias, dtype=jnp.float32)[0]
 
     for y in (f(x), jax.jit(f)(x)):
         assert_close(y, np.broadcast_to(bias, x.shape), 1e-3, 1.0, "y")
@@ -72,24 +73,39 @@ def test_a_constant_channel_gives_the_bias(dtype, value):
     assert np.isfinite(dx).all()
 
 
+@pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize(
     ("scale", "offset"),
     [(s, m) for s in (1e18, 1e20, 1e25, 1e30) for m in (0.0, 2.0, 30.0)] + [(1e36, 0.0), (1e36, 2.0)],
 )
-def test_squares_that_overflow(scale, offset):
+def test_squares_that_overflow(scale, offset, channels):
     """Checks that y is standardised and the gradient finite; the variance overflows, so the running averages stay
     unchanged.
     """
     rng = np.random.default_rng(0)
-    x = ((rng.normal(size=(64, 4)) + offset) * scale).astype(np.float32)
+    x = ((rng.normal(size=(64, channels)) + offset) * scale).astype(np.float32)
     want = _reference(x, np.ones(x.shape))
     y, moments = bnjax.batch_norm(x)
     assert_close(y, want.y, 1e-5, what="y")
     assert_close(moments.mean, want.statistics.mean, 1e-5, scale * (1 + offset), "mean")
     assert np.isfinite(jax.grad(lambda x: jnp.sum(bnjax.batch_norm(x)[0] * x[::-1] / scale))(x)).all()
-    running = bnjax.update_running(bnjax.RunningStats(jnp.zeros(4), jnp.ones(4)), moments)
+    running = bnjax.update_running(bnjax.RunningStats(jnp.zeros(channels), jnp.ones(channels)), moments)
     assert np.isfinite(running.mean).all()
     assert np.isfinite(running.var).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("weights", [None, np.arange(64) % 3 < 2, np.linspace(0.5, 2, 64, dtype=np.float32)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e10, 1e16, 1e19, 1e25])
+def test_far_from_zero_at_every_size(scale, weights, channels):
+    """Checks y at a mean of 1,000 standard deviations: K must be the same number where it is subtracted and added."""
+    x = ((np.random.default_rng(0).normal(size=(64, channels)) + 1000) * scale).astype(np.float32)
+    mask = None if weights is None else weights[:, None]
+    ones, zeros = np.ones(channels), np.zeros(channels)
+    want = oracle.batch_norm(x.astype(np.float64), ones, zeros, np.ones(x.shape), (1,), mask=mask)
+    y, moments = bnjax.batch_norm(x, mask=mask)
+    assert_close(y, want.y, 1e-5, what="y")
+    assert_close(moments.mean, want.statistics.mean, unit("float32"), 1000 * scale, "mean")
 
 
 def test_an_overflowing_channel_leaves_the_others_exact():
