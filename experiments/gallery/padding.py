@@ -196,16 +196,22 @@ def claims(task: Task, settings: Sequence[str], bound: float, margin: float) -> 
     def statistics(padding: Padding) -> Measure:
         return at(UNMASKED, "statistics", padding)
 
-    more = f"err more than {usual.name}"
+    more = f"err more than those {usual.name}"
     than = f"{MASKED} errs less than"
     return (
         *(
-            Claim(f"{MASKED}: {kind}, padded {p.name}: same outputs", at(MASKED, kind, p, "apart"), "=", nothing, bound)
-            for kind in ("evaluation", "statistics")
+            Claim(f"{UNMASKED}: statistics of batches padded {p.name} {more}", statistics(p), ">", statistics(usual))
             for p in others
         ),
         *(
-            Claim(f"{UNMASKED}: statistics, padded {p.name}, {more}", statistics(p), ">", statistics(usual))
+            Claim(
+                f"{MASKED}: {kind} with batches padded {p.name}: same outputs",
+                at(MASKED, kind, p, "apart"),
+                "=",
+                nothing,
+                bound,
+            )
+            for kind in ("evaluation", "statistics")
             for p in others
         ),
         *(
@@ -248,7 +254,7 @@ def draw(task: Task, settings: Sequence[str], label: str, lines: list[study.Line
     """Draws the errors of each seed by padding in training, and by padding behind the statistics."""
     titles = {
         "training": "padding in training",
-        "statistics": f"padding behind the statistics (trained {task.paddings[0].name})",
+        "statistics": f"padding behind the statistics (in training: {task.paddings[0].name})",
     }
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (kind, title) in zip(panels, titles.items(), strict=True):
@@ -258,7 +264,7 @@ def draw(task: Task, settings: Sequence[str], label: str, lines: list[study.Line
                 x, only = [place + 0.14 * (i - 1)] * len(found), setting if place == 0 else None
                 axes.plot(x, found, "osdv"[i], color=f"C{i}", ms=5, alpha=0.7, label=only)
         axes.set_xticks(range(len(task.paddings)), [textwrap.fill(p.name, 16) for p in task.paddings])
-        axes.set(xlabel=title, yscale="log")
+        axes.set(xlabel=title, yscale="log", xlim=(-0.5, len(task.paddings) - 0.5))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(axis="y", which="both", alpha=0.3)

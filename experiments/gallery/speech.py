@@ -4,7 +4,7 @@ Claim:    With a mask BN gives the same outputs however utterances are padded an
           with other padding err. Masked BN is more accurate than BN without the mask and than LayerNorm.
 Command:  python -m experiments.gallery.speech                  # --smoke: seconds
 Hardware: 1 CPU core
-Time:     3 min
+Time:     1.5 min of one core
 
 Nine speakers say a and e (JapaneseVowels, `experiments.data.utterances`): 270 utterances of 7 to 26 frames for
 training, 370 of other sessions for testing, in batches of 30. Convolutions see zeros beside an utterance, and the mean
