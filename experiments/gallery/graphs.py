@@ -10,7 +10,7 @@ The boiling points of 4,633 molecules of 2 to 32 atoms (`experiments.data.molecu
 network passes messages along the bonds, and takes the sum and the mean over the atoms of a molecule. Batches of 32
 molecules are padded as jraph does it (`jraph.pad_with_graphs`): the padding is one more graph, whose edges all go from
 its first node to itself. Messages add up there, and BN without the mask counts them. The learning rate, and the sum
-beside the mean, were chosen with seed 100, which is none of the five.
+beside the mean, were chosen with seed 100, not one of the five.
 """
 
 from functools import partial
