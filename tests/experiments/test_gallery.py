@@ -1,6 +1,7 @@
 """Tests the parts of the gallery that its claims rest on: who shares statistics, what trains, what stays at home."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from bnjax.linen import BatchNorm
-from experiments.gallery import clients, contrastive, crossq, only_bn
+from experiments.data import molecules, utterances
+from experiments.gallery import clients, contrastive, crossq, graphs, only_bn, padding, speech
 from experiments.models.convolutional import StridedNet
+from experiments.repro import study
 
 IMAGES = np.random.default_rng(0).random((8, 8, 12, 12, 1), np.float32)  # devices, images of each
 
@@ -86,3 +89,47 @@ def test_crossq_shares_statistics_and_sac_does_not():
         one, two = (agent.joint(learner.variables["critic"], learner.targets, now, x)[0] for x in (then, other))
         assert one.shape == (2, 16)
         assert np.allclose(one, two, atol=1e-6) == (not setting.startswith("CrossQ")), setting
+
+
+def tasks():
+    """Returns the module and a few records of both studies of padding."""
+    few = molecules.load(60)[0]
+    spoken = utterances.load(Path())[0]
+    spoken = utterances.Utterances(*(part[::9] for part in spoken))
+    return {"speech": (speech, speech.records(spoken)), "graphs": (graphs, graphs.records(few))}
+
+
+@pytest.mark.parametrize("name", ["speech", "graphs"])
+def test_a_batch_is_padded_as_it_says_and_no_record_is_lost(name):
+    module, records = tasks()[name]
+    for kind in module.PADDINGS:
+        for rng in (None, np.random.default_rng(0)):
+            batches = list(records.batches(kind, 7, rng))
+            rows = np.concatenate([batch.rows for batch in batches])
+            np.testing.assert_array_equal(np.sort(rows[rows >= 0]), np.arange(len(records.sizes)))
+            widths = [jax.tree.leaves(batch.inputs)[0].shape[name == "speech"] for batch in batches]
+            assert not any(width % kind.multiple for width in widths)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", ["speech", "graphs"])
+def test_padding_reaches_the_statistics_without_the_mask_alone(name, masked):
+    """Checks the outputs of a batch that is normalised by itself, with the usual padding and with more."""
+    module, records = tasks()[name]
+    usual, wider, _ = (next(records.batches(kind, 7)) for kind in module.PADDINGS)
+    model = module.build(padding.MASKED if masked else padding.UNMASKED, study.Config(smoke=True))
+    variables = model.init(jax.random.key(0), *usual.inputs, train=False)
+
+    def outputs(batch):
+        run = partial(model.apply, train=True, mutable=["batch_stats"])
+        return padding.predict(lambda *inputs: run(variables, *inputs)[0], [batch])[0]
+
+    assert np.allclose(outputs(usual), outputs(wider), rtol=1e-4, atol=1e-5) == masked
+
+
+def test_outputs_come_in_the_order_of_the_rows():
+    def batch(rows):
+        return padding.Batch((10.0 * rows,), rows, 100 * rows)
+
+    found = padding.predict(lambda x: x, map(batch, (np.array([2, 0, -1]), np.array([3, -1, 1]))))
+    np.testing.assert_array_equal(found, [[0, 10, 20, 30], [0, 100, 200, 300]])
