@@ -9,7 +9,7 @@ Time:     3 min
 Summers & Dinneen 2020, https://arxiv.org/abs/1906.03548 (inference example weighing), and Singh & Shrivastava 2019,
 https://arxiv.org/abs/1904.06031 (EvalNorm, which also estimates the weights): `bnjax.tools.weigh_examples`. Every step
 has the gradient of 128 images, gathered over parts of n, and running averages reach back over the same number of images
-whatever n is, as in `experiments.repro.wu2018`. Fashion-MNIST, 25,600 images once; 5,000 test images.
+whatever n is, as in `experiments.repro.wu2018`. Fashion-MNIST, 25,600 images once; 4,800 test images.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
     """Trains once; yields the test error by the weight of an image, recalibrated, and in batches as in training."""
     n, data = SETTINGS[setting], study.pictures(config)
     model = StridedNet(partial(BatchNorm, momentum=0.9 ** (n / GRADIENT)), config.pick((8, 16, 32, 64), (4, 4)))
-    updates, many, images = config.pick(200, 2), GRADIENT // n, config.pick(5_000, 80)
+    updates, many, images = config.pick(200, 2), GRADIENT // n, config.pick(4_800, 80)
     optimizer = optax.MultiSteps(optax.sgd(optax.cosine_decay_schedule(0.05, updates), momentum=0.9), many)
     options = dict(steps=updates * many, every=updates * many, batch_size=n, seed=seed)
     for state, line in study.train(model, optimizer, data, **options):  # noqa: B007

@@ -94,6 +94,7 @@ NNX = {
     "weigh_examples": lambda m: tools.weigh_examples(lambda m, x: m(x), m, X, weight=0.5),
 }
 NO_TREE = {
+    "centre_kernels",
     "entropy",
     "fields_from_haiku",
     "fields_from_torch",

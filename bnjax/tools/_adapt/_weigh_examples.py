@@ -66,8 +66,9 @@ def weigh_examples(
       >>> norm, x = bnjax.linen.BatchNorm(), jnp.array([[[3.0], [5.0]], [[0.0], [2.0]]])  # examples, positions, channel
       >>> variables = norm.init(jax.random.key(0), x, use_running_average=True)  # mean 0, variance 1
       >>> evaluate = functools.partial(norm.apply, use_running_average=True)
-      >>> print(tools.weigh_examples(evaluate, variables, x, weight=0.5)[0].ravel().round(2))  # mean 2, variance 5
-      [0.45 1.34]
+      >>> y = tools.weigh_examples(evaluate, variables, x, weight=0.5)
+      >>> print(*(f"{value:.2f}" for value in y[0].ravel()))  # by mean 2 and variance 5
+      0.45 1.34
 
     References:
       Summers & Dinneen 2020, "Four Things Everyone Should Know to Improve Batch Normalization",
