@@ -132,6 +132,16 @@ def test_a_layer_without_a_mean():
     cases.assert_close(y, X / np.sqrt(square + EPSILON)[:, None, None], 64 * UNIT, 4)
 
 
+@pytest.mark.parametrize("name", ["GhostBatchNorm", "BatchRenorm", "PowerNorm"])
+def test_other_kinds_evaluate_as_usual_at_weight_zero(name):
+    norm = getattr(bnjax.linen, name)(use_running_average=True, **dict(virtual_batch_size=2) if "Ghost" in name else {})
+    variables = norm.init(jax.random.key(0), X)
+    variables["batch_stats"] |= STATS if norm.keeps_mean else dict(var=STATS["var"])
+    plain, half = (tools.weigh_examples(norm.apply, variables, X, weight=weight) for weight in (0, 0.5))
+    cases.assert_close(plain, norm.apply(variables, X), 64 * UNIT, 8)
+    assert np.abs(half - plain).max() > 0.1
+
+
 def test_errors():
     apply_fn, variables = linen_layer(bnjax.linen.BatchNorm, X, STATS)
     for weight in (-0.1, 1.5, float("nan")):
