@@ -19,7 +19,8 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     forward and backward as in :func:`bnjax.moving_average_batch_norm`. The variables are those of
     :class:`bnjax.linen.BatchNorm`; `batch_stats/var` holds the running quadratic mean and `batch_stats/mean` zeros.
-    The layer before should have weights of mean zero per output channel.
+    The layer before should have weights of mean zero per output channel, as published:
+    :func:`bnjax.tools.centre_kernels`.
 
     The statistics of the last m batches, `_overwrite_with_gradient/{squares, projections, steps}`, are updated by the
     backward pass: the gradient of each is its new value. `flax.training.train_state.TrainState` stores it if its params
@@ -51,6 +52,8 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     References:
       Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838.
+
+    Differences from the authors' program: see :func:`bnjax.moving_average_batch_norm`.
     """
 
     momentum: Momentum = 0.98

@@ -48,6 +48,9 @@ class PowerNorm(AboutZero, BatchNorm):
 
     References:
       Shen, Yao, Gholami, Mahoney & Keutzer 2020, https://arxiv.org/abs/2003.07845, algorithm 2.
+
+    Differences from the authors' program, which warms up and divides by groups of channels first: see
+    :func:`bnjax.power_norm`.
     """
 
     momentum: Momentum = 0.9

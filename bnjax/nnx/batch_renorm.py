@@ -38,6 +38,8 @@ class BatchRenorm(Renorm, BatchNorm):
 
     References:
       Ioffe 2017, https://arxiv.org/abs/1702.03275, algorithm 1 and section 4.
+
+    Differences from the paper, TensorFlow and Keras: see :func:`bnjax.batch_renorm`.
     """
 
     def __init__(

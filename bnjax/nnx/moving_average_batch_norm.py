@@ -19,7 +19,7 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     forward and backward as in :func:`bnjax.moving_average_batch_norm`. The variables are those of
     :class:`bnjax.nnx.BatchNorm`; `var` holds the running quadratic mean and `mean` zeros. The layer before should have
-    weights of mean zero per output channel.
+    weights of mean zero per output channel, as published: :func:`bnjax.tools.centre_kernels`.
 
     The statistics of the last m batches, `recent_squares`, `recent_projections` and `recent_steps`, are updated by the
     backward pass: the gradient of each is its new value (:class:`bnjax.nnx.OverwriteWithGradient`). If they are never
@@ -49,6 +49,8 @@ class MovingAverageBatchNorm(AboutZero, BatchNorm):
 
     References:
       Yan, Wan, Zhang, Zhang, Wei & Sun 2020, https://arxiv.org/abs/2001.06838.
+
+    Differences from the authors' program: see :func:`bnjax.moving_average_batch_norm`.
     """
 
     def __init__(

@@ -4,7 +4,9 @@ from bnjax.tools._adapt._adapt import adapt_statistics as adapt_statistics
 from bnjax.tools._adapt._follow import follow as follow
 from bnjax.tools._adapt._tent import entropy as entropy
 from bnjax.tools._adapt._tent import tent as tent
+from bnjax.tools._adapt._weigh_examples import weigh_examples as weigh_examples
 from bnjax.tools._apply_moments import apply_moments as apply_moments
+from bnjax.tools._centre_kernels import centre_kernels as centre_kernels
 from bnjax.tools._decay_mask import affine_labels as affine_labels
 from bnjax.tools._decay_mask import decay_mask as decay_mask
 from bnjax.tools._fold._fold import Folded as Folded

@@ -70,6 +70,7 @@ LINEN = {
     "to_haiku": to_haiku,
     "to_keras": tools.to_keras,
     "to_torch": tools.to_torch,
+    "weigh_examples": lambda v: tools.weigh_examples(MODEL.apply, v, X, weight=0.5),
 }
 # Each tool as a function of an nnx module; tools that take collections get its states.
 NNX = {
@@ -90,8 +91,10 @@ NNX = {
     "tent": lambda m: labelled(nnx.state(m, nnx.Param), nnx.state(m, nnx.BatchStat)),
     "to_keras": tools.to_keras,
     "to_torch": tools.to_torch,
+    "weigh_examples": lambda m: tools.weigh_examples(lambda m, x: m(x), m, X, weight=0.5),
 }
 NO_TREE = {
+    "centre_kernels",
     "entropy",
     "fields_from_haiku",
     "fields_from_torch",

@@ -136,7 +136,9 @@ def batch_renorm(
       Ioffe 2017, https://arxiv.org/abs/1702.03275, algorithm 1; the limits by step are those of section 4.
 
     Differences: the paper and TensorFlow average the standard deviation. Here σ is the root of the averaged variance,
-    so that variables, checkpoints and evaluation are those of batch normalization.
+    so that variables, checkpoints and evaluation are those of batch normalization. Keras's `renorm=True` clips only
+    what `renorm_clipping` names, by default nothing: here that is r_max = d_max = inf, from the first step. It corrects
+    towards averages of their own, with `renorm_momentum`; here they are those of evaluation.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)

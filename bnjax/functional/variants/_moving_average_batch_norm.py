@@ -90,7 +90,8 @@ def moving_average_batch_norm(
     `recent` the function is differentiable in both modes and to any order; with it, once and in reverse mode only.
 
     Args:
-      x: `[..., C]`, any real dtype. The layer before should have weights of mean zero per output channel.
+      x: `[..., C]`, any real dtype. The layer before should have weights of mean zero per output channel:
+        :func:`bnjax.tools.centre_kernels`.
       var: `[C]`, the running quadratic mean before this batch.
       recent: `RecentStats(squares, projections, steps)`, `[m, C]`, `[m, C]` and `[C]`; or None.
       scale: `[C]`, or None for 1.
@@ -132,8 +133,8 @@ def moving_average_batch_norm(
     because their first step counts as 1 and the comparison is strict. r is 1 for `warmup` steps, theirs for 1000,
     because `var` starts without a bias here. `var` averages the quadratic means of the batches; theirs averages the
     averages over m batches. The program's buffer is given as two batch sizes, m = `real_B // B`. Its convolutions
-    subtract from each kernel its mean, per output channel, before they use it (`CenConv2d`); the guide to small batches
-    has a program for that.
+    subtract from each kernel its mean, per output channel, before they use it (`CenConv2d`);
+    :func:`bnjax.tools.centre_kernels` does that here.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)

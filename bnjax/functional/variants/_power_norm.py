@@ -87,8 +87,8 @@ def power_norm(
     Differences: the authors' program (https://github.com/sIncerass/powernorm, `mask_powernorm.py`) first divides each
     position by its quadratic mean over the channels, or over each of `group_num` groups of them; normalises by the
     batch's own ψ for `warmup_iters` steps, 10,000 by default, in which the running one is averaged twice; and divides
-    dx by the batch's ψ throughout. Algorithm 2 and this function do none of this, so train with a warm-up of the
-    learning rate.
+    dx by the batch's ψ throughout. Its statistic of the gradient counts masked positions. Algorithm 2 and this function
+    do none of this, so train with a warm-up of the learning rate.
     """
     x = _axes.as_real_input(x)
     layout = _axes.layout_of(x, axis)
