@@ -205,8 +205,8 @@ def trial(setting: str, seed: int, config: study.Config) -> Iterator[study.Line]
     nearest = frechet(read("features", digits().train.images / np.float32(255)), held_back)
     yield {"kind": "real", "reader": 100 * right.mean(), "nearest": nearest}
     retaken = standing(model, variables, seed, config.pick(PASSES, 2))
-    for name, each_variables in ((STANDING, retaken), (RUNNING, variables)):
-        yield line(name, 0, jax.jit(partial(model.apply, train=False))(each_variables, noise, labels))
+    for name, chosen in ((STANDING, retaken), (RUNNING, variables)):
+        yield line(name, 0, jax.jit(partial(model.apply, train=False))(chosen, noise, labels))
     in_turn = np.arange(len(labels)).reshape(CLASSES, each).T.reshape(-1)  # a batch has as many classes as it can
     for name, order in ((MIXED, in_turn), (ONE, np.arange(len(labels)))):
         for size in SIZES:
@@ -298,20 +298,22 @@ def draw(lines: list[study.Line], figure: Figure) -> None:
         places[name].set(xscale="log", xlabel="images of a batch", ylabel=label, xticks=SIZES, xticklabels=SIZES)
         places[name].minorticks_off()
     places["distance"].set(yscale="log")
+    places["distance"].yaxis.set_major_formatter("{x:g}")
+    places["distance"].yaxis.set_minor_formatter("{x:g}")
     figure.legend(*places["accuracy"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     samples(lines, places["samples"])
 
 
 def samples(lines: list[study.Line], axes: Any) -> None:
     """Draws a row of ten digits for each of the chosen statistics."""
-    chosen = ((STANDING, 0), (RUNNING, 0), *((kind, size) for kind in (MIXED, ONE) for size in (64, 4, 1)))
+    chosen = ((STANDING, 0), (RUNNING, 0), (MIXED, 64), (MIXED, 4), (ONE, 64), (ONE, 4), (ONE, 1))
     rows = []
     for statistics, size in chosen:
         line = next(line for line in of_kind(lines, statistics) if line["size"] == size)
         each = np.frombuffer(bytes.fromhex(line["digits"]), np.uint8).reshape(CLASSES, SIDE, SIDE)
         rows.append(np.concatenate(list(np.pad(each, [(0, 0), (1, 1), (1, 1)], constant_values=128)), axis=1))
     axes.imshow(np.concatenate(rows), cmap="gray")
-    names = [f"{statistics}\n{f'{size} images' if size else ''}".strip() for statistics, size in chosen]
+    names = [f"{statistics}\nimages: {size}" if size else statistics for statistics, size in chosen]
     axes.set_yticks([(SIDE + 2) * (i + 0.5) for i in range(len(rows))], names, fontsize="small")
     axes.set_xticks([(SIDE + 2) * (i + 0.5) for i in range(CLASSES)], range(CLASSES))
     axes.set(xlabel="class")

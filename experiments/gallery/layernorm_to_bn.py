@@ -87,7 +87,7 @@ class VisionTransformer(nn.Module):
         """Computes logits `[N, 10]` from images `[N, 28, 28, 1]`; λ is `share`."""
         norm = lambda x: Norm(self.kind)(x, share, train)  # noqa: E731
         x = nn.Dense(self.width)(patches(images))
-        x += self.param("places", nn.initializers.normal(0.02), x.shape[1:])
+        x += self.param("places", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         for _ in range(self.layers):
             joint = nn.Dense(3 * self.width)(norm(x)).reshape(*x.shape[:2], 3, self.heads, -1)
             mixed = nn.dot_product_attention(*jnp.moveaxis(joint, 2, 0))
