@@ -174,13 +174,13 @@ def train(model: nn.Module, data: Labelled, seed: int, steps: int, every: int) -
 
 
 def milliseconds(programs: dict[str, tuple[Predict, Any]], images: jax.Array, rounds: int) -> dict[str, float]:
-    """Times the forward passes in turns, because the machine may be shared; returns the median of each."""
+    """Times the forward passes in turns; returns the median CPU time of each, because the machine may be shared."""
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds + 1):
         for name, (predict, variables) in programs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             jax.block_until_ready(predict(variables, images))
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.process_time() - start))
     return {name: float(np.median(took[1:])) for name, took in times.items()}  # the first one compiles
 
 
@@ -190,7 +190,7 @@ def after(setting: str, program: str) -> Measure:
 
 
 def took(program: str) -> Measure:
-    """Returns a measure: the milliseconds of a forward pass over 100 images."""
+    """Returns a measure: the milliseconds of CPU time of a forward pass over 100 images."""
     return lambda lines: last(BOTH, "milliseconds")([line for line in lines if line.get("program") == program])
 
 
@@ -223,7 +223,7 @@ def table(lines: list[study.Line]) -> str:
         cells += ["", ""] if final is None else [study.spread(values, 2) for values in final.T]
         text.append(f"| {setting} | {' | '.join(cells)} |")
     names, times = study.curves(lines, BOTH, "program", "milliseconds")
-    text += ["", f"| forward pass of 100 images, ms | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    text += ["", f"| CPU time of 100 images, ms | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     return "\n".join([*text, f"| one core | {' | '.join(study.spread(values, 2) for values in times.T)} |"])
 
 
@@ -236,7 +236,7 @@ def draw(lines: list[study.Line], figure: Figure) -> None:
     names, times = study.curves(lines, BOTH, "program", "milliseconds")
     by_program.plot(names, times.T, "o", color="C0")
     by_step.set(xlabel="training step", ylabel="test accuracy, %")
-    by_program.set(ylabel="forward pass of 100 images, ms", ylim=(0, None))
+    by_program.set(ylabel="CPU time of 100 images, ms", ylim=(0, None))
     study.below(by_step, 3)
 
 
