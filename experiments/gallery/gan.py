@@ -286,15 +286,17 @@ def table(lines: list[study.Line]) -> str:
 
 
 def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Draws accuracy and distance by the size of a batch, and samples of the first seed, of the same noise."""
+    """Draws accuracy and distance by the size of a batch, where the size matters as mean and range over the seeds, and
+    samples of the first seed, of the same noise.
+    """
     places = figure.subplot_mosaic([["accuracy", "samples"], ["distance", "samples"]], width_ratios=(3, 4))
-    for name, label in (("accuracy", "read as their class, %"), ("distance", "Fréchet distance")):
-        for i, statistics in enumerate((MIXED, ONE, STANDING, RUNNING)):
+    for name, label in (("accuracy", "read as their class, %"), ("distance", "Fréchet distance of features")):
+        for statistics in (MIXED, ONE):
             sizes, values = study.curves(of_kind(lines, statistics), SETTING, "size", name)
-            if len(sizes) == 1:
-                sizes, values = np.array(SIZES), values.repeat(len(SIZES), 1)
-            style = dict(label=statistics, color=f"C{i}", ls=("-", "-", "--", ":")[i], marker="oo  "[i], ms=4)
-            study.band(places[name], sizes, values, **style)
+            study.band(places[name], sizes, values, label=statistics, marker="o", ms=4)
+        for statistics, style in ((STANDING, dict(color="k", ls="--")), (RUNNING, dict(color="C3", ls=":"))):
+            values = study.curves(of_kind(lines, statistics), SETTING, "size", name)[1]
+            places[name].axhline(values.mean(), label=statistics, **style)
         places[name].set(xscale="log", xlabel="images of a batch", ylabel=label, xticks=SIZES, xticklabels=SIZES)
         places[name].minorticks_off()
     places["distance"].set(yscale="log")
