@@ -209,8 +209,8 @@ CLAIMS = (
     Claim("Folded it takes less time than with LayerNorm, ms", took("folded"), "<", took(LAYER)),
 )
 DISTANCE = (
-    "4 blocks 32 wide with softmax attention on 4,000 digits for 400 steps, initial weights of LeCun's size, Adam at one "
-    "rate for all, and times of one CPU core, instead of DeiT, PVT and Swin on ImageNet on eight GPUs."
+    "4 blocks 32 wide with softmax attention on 4,000 digits for 400 steps, initial weights of LeCun's size, Adam at "
+    "one rate for all, and times of one CPU core, instead of DeiT, PVT and Swin on ImageNet on eight GPUs."
 )
 
 
