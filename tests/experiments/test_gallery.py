@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnjax import tools
 from bnjax.linen import BatchNorm
 from experiments.data import molecules, utterances
-from experiments.gallery import clients, contrastive, crossq, graphs, only_bn, padding, speech
+from experiments.gallery import clients, contrastive, crossq, gan, graphs, layernorm_to_bn, only_bn, padding, speech
 from experiments.models.convolutional import StridedNet
 from experiments.repro import study
 
@@ -76,6 +77,60 @@ def test_what_the_server_averages(setting):
     if setting == clients.MERGED:
         means, variances = (np.asarray(stats["BatchNorm_0"][k]) for k in ("mean", "var"))
         np.testing.assert_allclose(kept["BatchNorm_0"]["var"][0], variances.mean(0) + means.var(0), rtol=1e-5)
+
+
+def disturbed(variables):
+    """Returns variables whose BN is not as it starts."""
+    keys = iter(jax.random.split(jax.random.key(2), 1_000))
+    return jax.tree.map(lambda leaf: leaf + 0.2 * jax.random.uniform(next(keys), leaf.shape), variables)
+
+
+@pytest.mark.parametrize("setting", [name for name, kind in layernorm_to_bn.SETTINGS.items() if kind.batch])
+def test_rep_bn_is_bn_and_folds_away(setting):
+    images, kind = jnp.asarray(np.random.default_rng(0).random((6, 28, 28, 1), np.float32)), layernorm_to_bn.Kind
+    models = [layernorm_to_bn.VisionTransformer(k, 8, 2) for k in (layernorm_to_bn.SETTINGS[setting], kind(batch=True))]
+    trained = disturbed(models[0].init(jax.random.key(0), images))
+    as_bn = layernorm_to_bn.as_batch_norm(trained)
+    np.testing.assert_allclose(models[1].apply(as_bn, images), models[0].apply(trained, images), rtol=1e-3, atol=1e-4)
+    folded = tools.fold(models[1].apply, as_bn, images)
+    assert len(folded.pairs) == 2 * 2 + 1 and not folded.left and "batch_stats" not in folded.stripped
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_layer_norm(share):
+    """Checks λ·LN(x) + (1 − λ)·(BN(x) + ηx) in training, with η = 1 as it starts."""
+    x, norm = np.random.default_rng(0).random((6, 5), np.float32), layernorm_to_bn.Norm
+    both = norm(layernorm_to_bn.SETTINGS[layernorm_to_bn.BOTH])
+    variables = both.init(jax.random.key(0), x, share, False)
+    y = both.apply(variables, x, share, True, mutable=["batch_stats"])[0]
+    layer = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    batch = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) + x
+    np.testing.assert_allclose(y, share * layer + (1 - share) * batch, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_the_generator():
+    """Checks that statistics of a batch make samples depend on each other and standing ones do not."""
+    model, rng = gan.Generator(4), np.random.default_rng(0)
+    noise, labels = rng.standard_normal((8, gan.NOISE), np.float32), np.arange(8)
+    variables = gan.standing(model, model.init(jax.random.key(0), noise, labels, False), 0, 2)
+    pairs, fours = (
+        gan.in_batches(model, variables, noise.reshape(-1, n, gan.NOISE), labels.reshape(-1, n)) for n in (2, 4)
+    )
+    assert pairs.shape[:2] == (4, 2) and not np.allclose(pairs.reshape(fours.shape), fours, atol=1e-4)
+    alone, all_of_them = (model.apply(variables, noise[:n], labels[:n], False) for n in (1, 8))
+    np.testing.assert_allclose(alone[0], all_of_them[0], rtol=1e-4, atol=1e-6)
+    variables["params"]["ConditionalNorm_0"]["scale"] = variables["params"]["ConditionalNorm_0"]["scale"].at[3].set(2.0)
+    changed = np.abs(model.apply(variables, noise, labels, False) - all_of_them).max((1, 2, 3)) > 1e-4
+    assert changed.tolist() == [label == 3 for label in labels]
+
+
+def test_frechet_distance_of_gaussians():
+    """Checks the distance where it has a simple form: covariances that commute."""
+    z = np.random.default_rng(0).standard_normal((1_000, 3))
+    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T))).T
+    a, b = z * [1, 2, 3], z * [3, 2, 1] + [1, 0, 2]
+    np.testing.assert_allclose(gan.frechet(a, b), 1 + 4 + 2**2 + 2**2, rtol=1e-9)
+    np.testing.assert_allclose(gan.frechet(a, a), 0, atol=1e-6)
 
 
 @pytest.mark.slow
