@@ -94,7 +94,7 @@ def measure(target: str, statistics: str, per_chip: int, training: Training, flo
         "statistics": statistics,
         "images": per_chip,
         "all_reduces": len(main),
-        "all_reduced_bytes": sum(map(hlo.size, main)),
+        "all_reduced_bytes": sum(map(hlo.payload, main)),
         "in_branches": sum(map(len, rare.values())),
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
