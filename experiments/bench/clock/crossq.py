@@ -26,7 +26,13 @@ from experiments.bench import report
 OWN, OURS = "SBX's BatchRenorm", "bnjax.linen.BatchRenorm"
 EARLY = 10  # gradient steps after which the networks are compared
 START = 100  # steps of the environment before the first gradient step
-HEAD = ("layer", "seed", "return of 10 episodes", "gradient steps per second of the processor", f"apart after {EARLY} steps")
+HEAD = (
+    "layer",
+    "seed",
+    "return of 10 episodes",
+    "gradient steps per second of the processor",
+    f"apart after {EARLY} steps",
+)
 
 
 def renorm(warmup_steps: int = 100_000, **fields: Any) -> bnjax.linen.BatchRenorm:
