@@ -31,9 +31,9 @@ def masked_norms(mask: jax.Array | Callable[[jax.Array], Any]) -> Iterator[None]
     holds for one thread, and must be entered in an ordinary function, as :func:`frozen_norms`.
 
     Args:
-      mask: non-negative weights as in :func:`bnjax.batch_norm`, of the first axes of every x: `[N]` for rows, `[N, T]` or
-        `[N, T, 1]` for frames. Or a function that is given the x of each layer and returns a mask that is broadcastable
-        to it, for networks whose layers meet several sizes.
+      mask: non-negative weights as in :func:`bnjax.batch_norm`, of the first axes of every x: `[N]` for rows, `[N, T]`
+        or `[N, T, 1]` for frames. Or a function that is given the x of each layer and returns a mask that is
+        broadcastable to it, for networks whose layers meet several sizes.
 
     Returns:
       A context manager.
@@ -59,12 +59,13 @@ def masked_norms(mask: jax.Array | Callable[[jax.Array], Any]) -> Iterator[None]
         yield
         if _module.times_asked() == before:
             raise ValueError(
-                "no batch normalization layer asked for the mask. In nnx only bnjax's do: tools.swap(model) puts them in."
+                "no batch normalization layer asked for the mask. In nnx only bnjax's do: tools.swap(model) puts them "
+                "in."
             )
 
 
 def _run(call: Call) -> jax.Array:
-    """Runs a layer with the mask around it: in linen, and in nnx where a tool looks on; else those of nnx ask themselves."""
+    """Runs a layer with the mask around it: in linen, and in nnx where a tool looks on (otherwise those of nnx ask)."""
     if not is_norm(call.module):
         return call.run(call.x)
     starting = isinstance(call.module, nn.Module) and call.module.is_initializing()

@@ -30,8 +30,9 @@ def swapped_norms(
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
     For a linen model that somebody else wrote: open it around `init` and `apply`, or inside the jitted function.
-    Variables, names and shapes are Flax's, so that a checkpoint fits with it and without it. Masks are exact, those that
-    the model passes and the one that is given here, and one call gives all layers an `axis_name`, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does.
+    Variables, names and shapes are Flax's, so that a checkpoint fits with it and without it. Masks are exact, those
+    that the model passes and one that is given here, and one call gives all layers an `axis_name`, as
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does.
 
     It holds for one thread, and must be entered in an ordinary function, as :func:`frozen_norms`.
 

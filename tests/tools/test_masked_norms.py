@@ -183,23 +183,37 @@ class NoMask(nn.Module):
         return x
 
 
-def test_errors():
-    model, variables = zoo.linen_net(norm=nn.BatchNorm)
-    with pytest.raises(ValueError, match=r"mask \[7\] does not have the first axes of the x \[8, 6, 6, 4\]"):
-        with tools.masked_norms(jnp.ones(7)):
-            model.apply(variables, zoo.images(), train=True, mutable=["batch_stats"])
-    with pytest.raises(ValueError, match=r"mask \[8, 3\] .* pass a function from x to its mask"):
-        with tools.masked_norms(jnp.ones((8, 3))):
-            bnjax.BatchNorm(True).init_with_output(jax.random.key(0), jnp.ones((8, 3)))
-            bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(jnp.ones((8, 3)))
-    with pytest.raises(ValueError, match=r"no batch normalization layer asked for the mask.*tools\.swap"):
-        with tools.masked_norms(ROWS):
-            zoo.nnx_net(nnx.BatchNorm)(zoo.images())
-    layers = nn.Sequential([NoMask()])
-    variables = layers.init(jax.random.key(0), jnp.ones((8, 3)))
-    with pytest.raises(ValueError, match=r"layers_0: the __call__ of NoMask takes no mask"):
-        with tools.masked_norms(ROWS):
-            layers.apply(variables, jnp.ones((8, 3)))
+def linen_step(model, variables, x):
+    return model.apply(variables, x, mutable=["batch_stats"])
+
+
+LAYERS = nn.Sequential([NoMask()])
+WRONG = {  # what the error says -> the mask, and a call within it
+    r"mask \[7\] does not have the first axes of the x \[8, 6, 6, 4\]": (
+        jnp.ones(7),
+        lambda: linen_step(*zoo.linen_net(norm=nn.BatchNorm), zoo.images()),
+    ),
+    r"mask \[8, 3\] .* pass a function from x to its mask": (
+        jnp.ones((8, 3)),
+        lambda: bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(jnp.ones((8, 3))),
+    ),
+    r"no batch normalization layer asked for the mask.*tools\.swap": (
+        ROWS,
+        lambda: zoo.nnx_net(nnx.BatchNorm)(zoo.images()),
+    ),
+    r"layers_0: the __call__ of NoMask takes no mask": (
+        ROWS,
+        lambda: linen_step(LAYERS, {"batch_stats": {"layers_0": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}, X),
+    ),
+}
+X = jnp.ones((8, 3))
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_errors(message):
+    mask, call = WRONG[message]
+    with pytest.raises(ValueError, match=message), tools.masked_norms(mask):
+        call()
 
 
 def test_a_mask_of_the_model_stays():

@@ -132,8 +132,8 @@ def keep(row: report.Row, out: Path) -> None:
     rows = sorted({key(row): row for row in (*old, row)}.values(), key=key)
     text = (
         f"{row['images']} images on each chip. Everything but the count of chips is that of one chip. The branches are "
-        "the guards of BN, which a steady state does not run. Traffic is what the program reads and writes in main memory, "
-        "work what XLA counts before it optimises, and the time that of the processor.\n\n"
+        "the guards of BN, which a steady state does not run. Traffic is what the program reads and writes in main "
+        "memory, work what XLA counts before it optimises, and the time that of the processor.\n\n"
     )
     heading = "ResNet-50's training step on pods, compiled and not run"
     report.keep(rows, out, "compiled.pod", heading, text + report.table(HEAD, map(cells, rows)))
