@@ -212,7 +212,7 @@ class BatchNorm(Normalization, nnx.Module):
         running = self._running(shape, x)
         scale = _module.choose("scale", self._read("scale", shape, x), scale, shape, x)
         bias = _module.choose("bias", self._read("bias", shape, x), bias, shape, x)
-        step = self._step(x, running, scale, bias, use_running_average, mask, update_stats)
+        step = self._step(x, running, scale, bias, use_running_average, _module.mask_around(x, mask), update_stats)
         if step.running is not running:
             write(self, step.running._asdict())
         return step.y

@@ -92,7 +92,7 @@ class SplitBatchNorm(BatchNorm):
         scale = _module.choose("scale", self._read("scale", own, x), scale, own, x)
         bias = _module.choose("bias", self._read("bias", own, x), bias, own, x)
         scale, bias = (take_row(v, here, shape) for v in (scale, bias))
-        step = self._step(x, running, scale, bias, use_running_average, mask, update_stats)
+        step = self._step(x, running, scale, bias, use_running_average, _module.mask_around(x, mask), update_stats)
         if step.running is not running:
             write(self, set_domain(stored, here, step.running)._asdict())
         return step.y

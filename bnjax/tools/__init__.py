@@ -15,6 +15,7 @@ from bnjax.tools._fold._pairs import Pair as Pair
 from bnjax.tools._frozen_norms import frozen_norms as frozen_norms
 from bnjax.tools._inspect._inspect import Inspection as Inspection
 from bnjax.tools._inspect._inspect import inspect as inspect
+from bnjax.tools._masked_norms import masked_norms as masked_norms
 from bnjax.tools._recalibrate._recalibrate import collect_moments as collect_moments
 from bnjax.tools._recalibrate._recalibrate import recalibrate as recalibrate
 from bnjax.tools._statistics import copy_stats as copy_stats

@@ -1,7 +1,7 @@
 """bnjax's batch normalization in a linen model that was written with Flax's, without editing the model."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -9,28 +9,37 @@ import jax
 from flax import nnx
 
 import bnjax.linen
+from bnjax.functional import _module
 from bnjax.tools._described import is_flax, is_norm, own_class, unsaid
 from bnjax.tools._frozen_norms import refuse_where_code_pauses
 from bnjax.tools._layers import Call, handling, no_handling
+from bnjax.tools._masked_norms import masked_norms
 from bnjax.tools._swap import check_fields
 from bnjax.tools._trees import show
 
 
 @contextmanager
-def swapped_norms(*, copies: Sequence[type[nn.Module]] = (), **fields: Any) -> Iterator[None]:
+def swapped_norms(
+    *,
+    copies: Sequence[type[nn.Module]] = (),
+    mask: jax.Array | Callable[[jax.Array], Any] | None = None,
+    **fields: Any,
+) -> Iterator[None]:
     r"""Runs `flax.linen.BatchNorm` layers as `bnjax.linen.BatchNorm` does, with the same variables.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot \mathrm{scale} + \mathrm{bias}
 
     For a linen model that somebody else wrote: open it around `init` and `apply`, or inside the jitted function.
-    Variables, names and shapes are Flax's, so that a checkpoint fits with it and without it. Masks are exact, and one
-    call gives all layers an `axis_name`, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does.
+    Variables, names and shapes are Flax's, so that a checkpoint fits with it and without it. Masks are exact, those
+    that the model passes and one that is given here, and one call gives all layers an `axis_name`, as
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does.
 
     It holds for one thread, and must be entered in an ordinary function, as :func:`frozen_norms`.
 
     Args:
       copies: classes that compute what `flax.linen.BatchNorm` does, with the same variables and names of fields: some
         packages have a copy of it. They run as bnjax's layer too, except in `init`.
+      mask: for all layers to which the model gives none, as in :func:`masked_norms`.
       fields: fields for all the layers, as in :func:`swap`. With `debias`, `count_skipped`, and a `momentum` that is
         None or a function, the layers count batches in further variables: then `init` must run within it too.
 
@@ -47,10 +56,9 @@ def swapped_norms(*, copies: Sequence[type[nn.Module]] = (), **fields: Any) -> I
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> from bnjax import tools
       >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[1.0], [3.0], [jnp.nan]])
-      >>> variables = model.init(jax.random.key(0), x[:2])
-      >>> mask = jnp.array([[True], [True], [False]])
-      >>> with tools.swapped_norms(momentum=0.5):
-      ...     y, updates = model.apply(variables, x, mask=mask, mutable=["batch_stats"])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> with tools.swapped_norms(momentum=0.5, mask=jnp.array([True, True, False])):
+      ...     y, updates = model.apply(variables, x, mutable=["batch_stats"])
       >>> print(jnp.round(y[:2], 2).ravel(), updates["batch_stats"]["mean"])
       [-1.  1.] [1.]
     """
@@ -78,11 +86,13 @@ def swapped_norms(*, copies: Sequence[type[nn.Module]] = (), **fields: Any) -> I
         options = dict(call.options)
         if "use_running_average" in fields:
             options.pop("use_running_average", None)
+        if not module.is_initializing():
+            options["mask"] = _module.mask_around(call.x, options.get("mask"))
         with no_handling():
             return ours(call.x, **options)
 
     key = tuple(sorted((name, _hashable(value)) for name, value in fields.items()))
-    with handling(run, key=("swapped", copies, key)):
+    with handling(run, key=("swapped", copies, key)), nullcontext() if mask is None else masked_norms(mask):
         yield
 
 

@@ -70,6 +70,8 @@ if importlib.util.find_spec("torch"):
         for what, form in forms(net):
             variables = tools.from_torch(form, blank, apply_fn=Here().apply, x=x)
             np.testing.assert_allclose(Here().apply(variables, x), wanted, rtol=0, atol=1e-5, err_msg=what)
+            names = tools.propose_names(form, blank, library="torch", apply_fn=Here().apply, x=x)
+            assert names == {"conv": "conv", "bn": "bn", "up": "up"}, what
         back = tools.to_torch(variables, transposed=["up"])
         again = Net().eval()
         again.load_state_dict({k: torch.tensor(v) for k, v in back.items()})

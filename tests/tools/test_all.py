@@ -100,6 +100,7 @@ NO_TREE = {
     "fields_from_torch",
     "read_arrays",
     "frozen_norms",
+    "masked_norms",
     "swap",
     "swap_back",
     "swapped_norms",
@@ -140,7 +141,7 @@ def test_every_tool_has_an_example(name):
     assert "Raises:" in doc or name == "entropy"
 
 
-FOR_MODELS_OF_FLAX = {"swap", "swap_back", "swapped_norms"}  # their examples build layers of Flax
+FOR_MODELS_OF_FLAX = {"masked_norms", "swap", "swap_back", "swapped_norms"}  # their examples build layers of Flax
 
 
 @pytest.mark.parametrize("name", [name for name in vars(tools) if not name.startswith("_")])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bnjax.tools.convert._correspondence import leaves_of, tree_of
+from bnjax.tools.convert._correspondence import below, leaves_of, tree_of
 from bnjax.tools.convert._haiku import HAIKU
 from bnjax.tools.convert._keras import KERAS
 from bnjax.tools.convert._keras_state import weights_of
 from bnjax.tools.convert._layers import layers_of, order_of
 from bnjax.tools.convert._propose import propose
 from bnjax.tools.convert._torch import TORCH
-from bnjax.tools.convert._torch_state import tensors_of
+from bnjax.tools.convert._torch_state import tensors_of, wrapper_of
 
 if TYPE_CHECKING:
     import chex
@@ -44,7 +44,7 @@ def propose_names(
       x: its sample input, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      Names in `state` by the paths of modules.
+      Names in `state` by the paths of modules, without the prefixes of PyTorch's wrappers.
 
     Raises:
       ValueError: another library, or something that is no state.
@@ -61,8 +61,10 @@ def propose_names(
         raise ValueError(f"library must be one of {sorted(_LIBRARIES)}; got {library!r}.")
     read = {"torch": tensors_of, "keras": weights_of, "haiku": _flat}[library]
     leaves = leaves_of(variables, tree_of(variables), _LIBRARIES[library], None)
-    order = order_of(variables, layers_of(variables, apply_fn, x))
-    return propose(read(state), leaves, _LIBRARIES[library], order).names
+    order, arrays = order_of(variables, layers_of(variables, apply_fn, x)), read(state)
+    if library == "torch":
+        arrays = below(arrays, wrapper_of(arrays, (leaf.key for leaf in leaves)))
+    return propose(arrays, leaves, _LIBRARIES[library], order).names
 
 
 def _flat(nested: Any) -> dict[str, Any]:

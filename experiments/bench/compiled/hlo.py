@@ -66,6 +66,11 @@ def size(types: str) -> int:
     return total
 
 
+def payload(types: str) -> int:
+    """Returns the bytes of all arrays of a type, wherever they lie."""
+    return size(re.sub(r"\{[^{}]*\}", "", types))
+
+
 def elements(payload: str) -> int:
     """Returns how many numbers a type such as 'f32[2,4]{1,0}' or '(f32[4], f32[4])' holds."""
     return sum(_product(dims) for dims in re.findall(r"\w+\[([\d,]*)\]", payload))

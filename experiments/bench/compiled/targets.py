@@ -22,6 +22,7 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+NODE = 8  # GPUs of a host, where there are more
 TARGETS = ("cpu", "v5e:2x2", "v5e:16x16", "v6e:2x2", "h100", "4xh100")
 
 
@@ -37,7 +38,8 @@ def devices_of(target: str) -> Sequence[Any]:
         _tell_libtpu()
         return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
     count = int(target.split("x")[0]) if target[0].isdigit() else 1
-    described = dict(platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{count}")
+    hosts = max(1, count // NODE)
+    described = dict(platform="cuda", topology_name="", target_config=H100, topology=f"1x{hosts}x{count // hosts}")
     return topologies.get_topology_desc(**described).devices
 
 
