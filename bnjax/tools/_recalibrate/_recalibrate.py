@@ -85,7 +85,7 @@ def recalibrate(
     References:
       Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", https://arxiv.org/abs/2105.07576, section 3.
       Izmailov et al. 2018 (SWA), https://arxiv.org/abs/1803.05407, section 3.2. Brock et al. 2019 (BigGAN, standing
-      statistics), https://arxiv.org/abs/1809.11096, section 4.1.
+      statistics), https://arxiv.org/abs/1809.11096.
 
     Differences: fvcore's `update_bn_stats` averages the means and the variances of the batches, each batch as heavy as
     the others, so that the variance between the batches' means is left out; PyTorch's variances are unbiased, which
