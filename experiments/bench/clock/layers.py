@@ -1,7 +1,7 @@
 """Times one layer on the CPU: every library's batch normalization, and a floor of plain passes over memory.
 
 Claim:    Training at 8 MB and more, the inexact layers of other JAX libraries take 1.4 times as long in float32 and
-          3 to 12 times in bfloat16 (medians); padded batches take 1.2 times as long as whole ones.
+          1.1 to 3.7 times in bfloat16 (medians by library); with a mask all take about the same time.
 Command:  python -m experiments.bench.clock.layers       # --quick takes less than a minute
 Hardware: 2 CPU cores, nothing else running
 Time:     9 min
