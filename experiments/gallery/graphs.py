@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 from flax import linen as nn
-from matplotlib.figure import Figure
 
 from experiments.data import molecules
 from experiments.gallery import RESULTS, padding
@@ -106,22 +105,7 @@ def error(outputs: np.ndarray, targets: np.ndarray) -> float:
 
 TASK = Task(build, load, loss, error, PADDINGS, size=32, steps=400, rate=1e-2)
 CLAIMS = padding.claims(TASK, SETTINGS, padding.rounding(LAYERS + 2, 2 * WIDTH), margin=1)
-
-
-def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Draws the test errors by padding."""
-    padding.draw(TASK, SETTINGS, "RMSE of the test boiling points, K, of each seed", lines, figure)
-
-
-STUDY = study.Study(
-    "graphs",
-    SETTINGS,
-    partial(padding.trial, TASK),
-    partial(padding.table, TASK, SETTINGS, "K"),
-    draw,
-    size=(10, 4.5),
-    claims=CLAIMS,
-)
+STUDY = padding.study_of("graphs", TASK, SETTINGS, CLAIMS, "K", "RMSE of the test boiling points, K, of each seed")
 
 if __name__ == "__main__":
     study.run(STUDY, __doc__, RESULTS)

@@ -270,3 +270,23 @@ def draw(task: Task, settings: Sequence[str], label: str, lines: list[study.Line
         axes.grid(axis="y", which="both", alpha=0.3)
     panels[0].set_ylabel(label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(settings))
+
+
+def study_of(
+    name: str, task: Task, settings: Sequence[str], claims: Sequence[Claim], unit: str, label: str
+) -> study.Study:
+    """Returns the study of a task; `unit` and `label` are those of the test error in the table and in the picture."""
+
+    def draw_errors(lines: list[study.Line], figure: Figure) -> None:
+        draw(task, settings, label, lines, figure)
+
+    size = (10, 4.5)
+    return study.Study(
+        name,
+        settings,
+        partial(trial, task),
+        partial(table, task, settings, unit),
+        draw_errors,
+        size=size,
+        claims=claims,
+    )

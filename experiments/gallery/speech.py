@@ -12,14 +12,11 @@ over time takes its frames alone, in all settings: only the normalization may se
 frames is padding, seven eighths of one of 128.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from matplotlib.figure import Figure
 
 from experiments.data import utterances
 from experiments.gallery import RESULTS, padding
@@ -88,22 +85,7 @@ TASK = Task(
     build, load, optax.softmax_cross_entropy_with_integer_labels, error, PADDINGS, size=30, steps=270, rate=3e-3
 )
 CLAIMS = padding.claims(TASK, SETTINGS, padding.rounding(LAYERS + 1, SIZE * WIDTH), margin=1)
-
-
-def draw(lines: list[study.Line], figure: Figure) -> None:
-    """Draws the test errors by padding."""
-    padding.draw(TASK, SETTINGS, "test error, %, of each seed", lines, figure)
-
-
-STUDY = study.Study(
-    "speech",
-    SETTINGS,
-    partial(padding.trial, TASK),
-    partial(padding.table, TASK, SETTINGS, "%"),
-    draw,
-    size=(10, 4.5),
-    claims=CLAIMS,
-)
+STUDY = padding.study_of("speech", TASK, SETTINGS, CLAIMS, "%", "test error, %, of each seed")
 
 if __name__ == "__main__":
     study.run(STUDY, __doc__, RESULTS)
