@@ -205,10 +205,10 @@ def main(
         )
         print(run(config), flush=True)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # one write, which text of other threads cannot split
         return REFUSED
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return LOST
     return 0
 

@@ -2,6 +2,8 @@
 atomic step.
 """
 
+import asyncio
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +24,33 @@ from experiments.train.stopping import anywhere
 def open_checkpoints(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     """Opens the checkpoints in `folder` and keeps the last `keep` of them; on exit, waits for writes in progress."""
     options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
-    with refusals(folder):
-        manager = ocp.CheckpointManager(folder.absolute(), options=options)
-    try:
-        yield manager
-    finally:
+    with tracebacks_left_out():
         with refusals(folder):
-            manager.close()
+            manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        try:
+            yield manager
+        finally:
+            with refusals(folder):
+                manager.close()
+
+
+@contextmanager
+def tracebacks_left_out() -> Iterator[None]:
+    """Leaves out the log records of Orbax that hold an exception.
+
+    Orbax logs an exception in every thread through which it passes, 250 lines for a full disk, and then raises it in
+    the caller, where it becomes one line.
+    """
+    logger = logging.getLogger("absl")
+
+    def kept(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    logger.addFilter(kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(kept)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator) -> None:
@@ -95,10 +117,13 @@ def free(path: Path) -> Path:
 
 @contextmanager
 def refusals(folder: Path) -> Iterator[None]:
-    """Converts any error of a write into a RunError of one line: Orbax raises OSError, ValueError or RuntimeError."""
+    """Converts any error of a write into a RunError of one line.
+
+    Orbax raises OSError, ValueError or RuntimeError, and cancels its other threads, and asyncio.CancelledError is a BaseException.
+    """
     try:
         yield
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         cure = "free disk space, or restore the folder," if jax.process_count() == 1 else "look for a lost process,"
         raise RunError(

@@ -69,6 +69,13 @@ def torn(out: Path) -> bool:
     return any((out / "checkpoints").glob(TORN))
 
 
+def error(text: str) -> str:
+    """Returns the one line that says what went wrong."""
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
 def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
@@ -138,8 +145,7 @@ def test_a_full_disk_is_named_and_spares_the_last_checkpoint(
 ) -> None:
     runs.finish(tmp_path / "out", "--stop-after", 7)
     before = (tmp_path / "out" / "metrics.jsonl").read_text()
-    text = runs.finish(tmp_path / "out", "--resume", under=limited(kilobytes), status=1)
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    line = error(runs.finish(tmp_path / "out", "--resume", under=limited(kilobytes), status=1))
     assert message in line and "--resume goes on from the last" in line
     assert 7 <= committed(tmp_path / "out")[-1] < SHORT
     assert (tmp_path / "out" / "metrics.jsonl").read_text().startswith(before)
@@ -154,7 +160,7 @@ def test_a_folder_that_becomes_read_only(runs: Runs, short: Path, tmp_path: Path
     (out / part).chmod(0o555)
     text = runs.finish(out, "--resume", under=(sys.executable, "-c", UNPRIVILEGED), status=1)
     (out / part).chmod(0o755)
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    line = error(text)
     assert "cannot be written" in line and "Permission denied" in line
     assert committed(out) == [5, 7]
     runs.finish(out, "--resume", "--stop-after", SHORT)
@@ -166,7 +172,7 @@ def test_a_folder_that_vanishes_and_comes_back(runs: Runs, short: Path, tmp_path
     process = runs.start(out)
     wait_until(lambda: committed(out), process)
     out.rename(elsewhere)
-    (line,) = [line for line in finish(process, status=1).splitlines() if line.startswith("error: ")]
+    line = error(finish(process, status=1))
     assert "--resume goes on from the last" in line
     if out.exists():  # Orbax may have been about to write, and makes a folder for it
         assert not has_begun(out)
