@@ -119,7 +119,7 @@ def free(path: Path) -> Path:
 def refusals(folder: Path) -> Iterator[None]:
     """Converts any error of a write into a RunError of one line.
 
-    Orbax raises OSError, ValueError or RuntimeError, and cancels its other threads, and asyncio.CancelledError is a BaseException.
+    Orbax raises OSError, ValueError or RuntimeError, or asyncio.CancelledError, with which it ends its other threads.
     """
     try:
         yield

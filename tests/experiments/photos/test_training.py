@@ -83,8 +83,8 @@ def test_stop_and_resume_in_the_middle_of_an_epoch(
 def test_two_processes_give_the_numbers_of_one(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """Checks the losses of an epoch with statistics of the whole batch; groups of devices hold other images then."""
     plain = [option for option in RECIPE if option not in ("--bn-group", 2)]
-    # At 0.1 a ReLU whose input is zero but for rounding decides on the third loss: 1.0438 or 1.0451. At 0.01 the losses of
-    # three seeds and two instruction sets differ by 2e-5 at most.
+    # At a learning rate of 0.1 the third loss is 1.0438 or 1.0451, as the rounding of the first two steps decides. At
+    # 0.01 the losses of three seeds differ by 2e-5 at most between one device and eight, and between instruction sets.
     options = [*NETWORK, *plain, "--lr", 0.01, "--epochs", 1, "--data-dir", folder, "--workers", 0]
     two = [*options, "--out", tmp_path / "two", "--devices", 4, "--coordinator", free_address(), "--processes", 2]
     started = [start(*two, "--process-id", index, environment=environment) for index in (0, 1)]
