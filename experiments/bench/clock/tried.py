@@ -1,7 +1,9 @@
 """Times formulations of one layer on the CPU, forward and backward, and so explains the one that bnjax uses.
 
 Claim:    The grouped closed form on plain sums, each with a conversion of its own, is the fastest that XLA:CPU makes.
-Command:  python -m experiments.bench.clock.tried Hardware: 2 CPU cores, nothing else running Time:     2 min
+Command:  python -m experiments.bench.clock.tried       # --quick takes 10 s
+Hardware: 2 CPU cores, nothing else running
+Time:     2 min
 
 Every candidate is a whole layer: y and dx from x and dy. All but those named bnjax are short and inexact (no guard, no
 running averages), because the question is how XLA compiles their sums. Times are in multiples of a floor of four plain

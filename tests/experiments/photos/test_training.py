@@ -46,13 +46,22 @@ def whole(folder: Path, environment: dict[str, str], tmp_path_factory: pytest.Te
     return out, finish(start(*NETWORK, *RECIPE, *ENDING, *options, environment=environment))
 
 
-def test_it_learns_and_says_how_fast(whole: tuple[Path, str]) -> None:
+def test_it_learns(folder: Path, tmp_path: Path) -> None:
+    """Checks that the loss leaves log 3 = 1.10, that of guessing; three seeds end at 0.51 to 0.58, from 0.95 to 1.11."""
+    size = ["--data", "photos", "--model", "resnet26", "--width", 8, "--image-size", SIZE, "--batch-size", 16]
+    options = ["--optimizer", "sgd", "--lr", 0.02, "--zero-scale", "--epochs", 20, "--data-dir", folder, "--workers", 0]
+    finish(start(*size, *options, "--out", tmp_path / "out"))
+    losses = [line["loss"] for line in learning(tmp_path / "out") if line["kind"] == "train"]
+    assert np.mean(losses[-16:]) < 0.8
+
+
+def test_it_says_how_fast(whole: tuple[Path, str]) -> None:
     lines = jsonl.read(whole[0] / "metrics.jsonl")
-    losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    assert len(losses) == STEPS and np.mean(losses[-4:]) < np.mean(losses[:4])
-    for line in lines:
-        if line["kind"] == "speed":
-            assert line["images_per_second"] > 0 and 0 <= line["waiting"] <= 1
+    assert len([line for line in lines if line["kind"] == "train"]) == STEPS
+    speeds = [line for line in lines if line["kind"] == "speed"]
+    assert speeds
+    for line in speeds:
+        assert line["images_per_second"] > 0 and 0 <= line["waiting"] <= 1
 
 
 def test_the_exported_network_is_the_averaged_one(whole: tuple[Path, str], folder: Path) -> None:
