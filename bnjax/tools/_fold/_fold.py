@@ -60,8 +60,8 @@ def fold(
 
     Pairs are found in the flow of data of the traced model, never by names: a normalization is folded into the Conv,
     ConvTranspose or Dense (nnx: Linear; grouped and depthwise convolutions too) that makes its input, if nothing else
-    uses that; or into the Conv or Dense that uses its output, if nothing else does and no zeros are padded in between.
-    What cannot be folded is left in place, with the reason.
+    uses that; or into all Conv and Dense layers that use its output, such as those that make queries, keys and values,
+    if nothing else does and no zeros are padded in between. What cannot be folded is left in place, with the reason.
 
     All variants in `bnjax.linen` and `bnjax.nnx` evaluate by this formula and are folded: FrozenBatchNorm in either
     mode, PowerNorm and MovingAverageBatchNorm with the mean zero that they keep. A SplitBatchNorm is folded if its

@@ -68,17 +68,17 @@ def find_pairs(marked: Marked, names: list[Path]) -> tuple[list[Match], dict[Pat
     for label, site in norms.items():
         if label not in search.sites:  # a loop may be traced several times, and one of these is used
             continue
-        found = search.partner(label, site, site.layer)
-        if isinstance(found, Match):
-            matches.append(found)
-            del left[site.path]
-        else:
+        found = search.partners(label, site, site.layer)
+        if isinstance(found, str):
             left[site.path] = found
+        else:
+            matches += found
+            del left[site.path]
     return matches, left
 
 
 class _Search:
-    """The search for the layer that takes a normalization."""
+    """The search for the layers that take a normalization."""
 
     def __init__(self, marked: Marked, names: list[Path]):
         self.flow, sites = marked.flow, marked.sites
@@ -89,16 +89,17 @@ class _Search:
         self.stored = Stored(marked, names)
         self.ends = {label: self._from(label, site) for label, site in self.sites.items()}
 
-    def partner(self, label: str, site: Site, norm: Any) -> Match | str:
-        """Returns the layer before a normalization, else the layer after it, else the reasons against both."""
+    def partners(self, label: str, site: Site, norm: Any) -> list[Match] | str:
+        """Returns the layer before a normalization, else all layers after it, else the reasons against both."""
         problem = norm.problem or self._alone(label, site)
         if problem:
             return problem
         before = self._before(label, site, norm)
         if isinstance(before, Match):
-            return before
-        after = self._after(label, site, norm)
-        return after if isinstance(after, Match) else f"its input {before}; its output {after}"
+            return [before]
+        after = [self._after(label, site, norm, end) for end in self.ends[label]]
+        problem = next((reason for reason in after if isinstance(reason, str)), "")
+        return f"its input {before}; its output {problem}" if problem else after
 
     def _before(self, label: str, site: Site, norm: Norm) -> Match | str:
         maker = self._maker(self._mark(label, "input").inputs[0])
@@ -122,13 +123,12 @@ class _Search:
         index = _outputs(end.channels, self._shape(source, "output")[-1], norm.axis, self._shape(label, "input"))
         return self._match(Match(site, layer, "previous", index, *end.channels[1:3]), end, made.rstrip(", "))
 
-    def _after(self, label: str, site: Site, norm: Norm) -> Match | str:
-        (end, *others) = self.ends[label]
+    def _after(self, label: str, site: Site, norm: Norm, end: End) -> Match | str:
         target = self._label(end.op, "input")
-        goes = f"goes into {self._list(self.ends[label], label)}"
-        if others or target is None or isinstance(self.sites[target].layer, Norm):
-            return goes
+        if target is None or isinstance(self.sites[target].layer, Norm):
+            return f"goes into {self._list(self.ends[label], label)}"
         layer: Any = self.sites[target]
+        goes = f"goes into {show(layer.path)}"
         problem = self._alone(target, layer) or (layer.layer.before and f"which {layer.layer.before}")
         if problem:
             return f"{goes}, {problem}"

@@ -47,7 +47,9 @@ def unfit(match: Match, layers: Layers) -> str:
 
 
 def fold_all(layers: Layers, matches: list[Match]) -> tuple[Layers, Layers]:
-    """Returns the variables after all folds; a layer may take one normalization from before it and one from after it.
+    """Returns the variables after all folds.
+
+    A layer may take one normalization from before it and one from after it; several layers may take the same one.
 
     Returns:
       The variables of the old structure: normalizations are the identity, plus the shift for which the layer before
@@ -77,10 +79,10 @@ def _errors_of_identity(matches: list[Match], shifts: set[Path], layers: Layers)
 
 def _folded(matches: list[Match], shifts: set[Path], layers: Layers) -> Layers:
     """Returns the variables after some folds; those normalizations of which `shifts` has the path keep the shift."""
-    layers = dict(layers)
+    before, layers = layers, dict(layers)
     for match in matches:
         norm: Any = match.norm.layer
-        old, taker = layers[match.norm.path], layers[match.layer.path]
+        old, taker = before[match.norm.path], layers[match.layer.path]
         row = take_row(norm, old)
         a, c = affine(norm, row)
         new = into_layer(match, a, c, taker)

@@ -143,6 +143,16 @@ LEFT = {  # branch -> what it runs, the shape of its input, what the reason says
         "average pool in between",
     ),
     "weighted": (lambda x: nn.Dense(4)(Norm()(x) * jnp.arange(6.0).reshape(1, 6, 1)), SIGNAL, "a product in between"),
+    "one_of_two_padded": (
+        lambda x: (lambda y: nn.Dense(4)(y) + nn.Conv(4, (3,), name="wide")(y))(Norm()(x)),
+        SIGNAL,
+        "wide, which pads with zeros",
+    ),
+    "layers_and_a_sum": (
+        lambda x: (lambda y: nn.Dense(3)(y) * nn.Dense(3)(y) + y)(Norm()(x)),
+        ROWS,
+        "Dense_1 and a sum",
+    ),
     # what is before and behind, by the name that people know
     "argument": (lambda x: nn.relu(Norm()(x)), ROWS, "its input is an argument of the model"),
     "relu": (lambda x: nn.tanh(Norm()(nn.relu(nn.Dense(4)(x)))), ROWS, "made by relu; its output goes into tanh"),

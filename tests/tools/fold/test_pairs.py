@@ -218,6 +218,53 @@ def test_both_sides_of_one_layer():
     close(stripped["both"], y["both"])
 
 
+def attention(x):
+    """Runs queries, keys and values of one normalized input, the keys without a bias."""
+    y = Norm()(x)
+    query, keys, values = (nn.Dense(4, use_bias=name != "keys", name=name)(y) for name in ("query", "keys", "values"))
+    return nn.softmax(query @ keys.swapaxes(-1, -2)) @ values
+
+
+def two_heads(x):
+    """Runs two heads, of which one reads the mean over positions, and a normalization behind the other."""
+    y = Norm()(x)
+    return Norm()(nn.Dense(4)(y)).mean(1) + nn.Dense(4)(y.mean(1))
+
+
+def test_several_layers_behind():
+    """Checks that all layers that use the output of a normalization take it, each by itself."""
+    shapes = {"attention": SIGNAL, "two_heads": SIGNAL}
+    y, kept, stripped, _, result = fold_and_run({"attention": attention, "two_heads": two_heads}, shapes)
+    assert result.left == {}
+    taken = [(pair.norm.rsplit("/")[-1], pair.layer.rsplit("/")[-1], pair.side) for pair in result.pairs]
+    assert taken == [
+        *(("BatchNorm_0", name, "next") for name in ("query", "keys", "values")),
+        *(("BatchNorm_0", name, "next") for name in ("Dense_0", "Dense_1")),
+        ("BatchNorm_1", "Dense_0", "previous"),
+    ]
+    jax.tree.map(close, stripped, y)
+    jax.tree.map(close, kept, y)
+
+
+def test_several_layers_behind_in_nnx():
+    class Attention(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = bnjax.nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+            self.query = nnx.Linear(3, 4, rngs=rngs)
+            self.keys = nnx.Linear(3, 4, use_bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            y = self.norm(x)
+            return self.query(y) * self.keys(y)
+
+    model, x = Attention(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), ROWS)
+    model.norm.mean[...], model.norm.var[...] = jnp.array([1.0, -2.0, 3.0]), jnp.array([0.5, 2.0, 4.0])
+    result = tools.fold(lambda model, x: model(x), model, x)
+    assert [pair.layer for pair in result.pairs] == ["query", "keys"] and result.left == {}
+    close(result.stripped(x), model(x))
+    close(result.variables(x), model(x))
+
+
 def test_channels_of_scale_zero():
     """Checks that channels with scale zero fold without a division by zero."""
     table = {name: TABLE[name][0] for name in ("dense", "before_dense", "before_dense_no_bias")}
