@@ -13,7 +13,7 @@ falls linearly, η is one number for each layer that begins at 1, and evaluation
 is 0 after half of the steps; beside it are BN with one of the two changes alone.
 
 RepBN with running averages is BN with the scale γ + η√(σ² + ε) and the bias β + ημ, and `bnjax.tools.fold` moves that
-into the Dense layer behind. It takes a BN whose output one layer uses: queries, keys and values are one Dense here.
+into the Dense layers behind. Queries, keys and values are one Dense here.
 """
 
 import time
