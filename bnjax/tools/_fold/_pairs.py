@@ -97,9 +97,13 @@ class _Search:
         before = self._before(label, site, norm)
         if isinstance(before, Match):
             return [before]
-        after = [self._after(label, site, norm, end) for end in self.ends[label]]
-        problem = next((reason for reason in after if isinstance(reason, str)), "")
-        return f"its input {before}; its output {problem}" if problem else after
+        after: list[Match] = []
+        for end in self.ends[label]:
+            found = self._after(label, site, norm, end)
+            if isinstance(found, str):
+                return f"its input {before}; its output {found}"
+            after.append(found)
+        return after
 
     def _before(self, label: str, site: Site, norm: Norm) -> Match | str:
         maker = self._maker(self._mark(label, "input").inputs[0])
